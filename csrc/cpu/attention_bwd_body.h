@@ -1,0 +1,394 @@
+// The backward, from the saved log-sum-exp: P is recomputed block by block (Dao 2023, arXiv:2307.08691, algorithm 2).
+// Included by attention_body.h.
+//
+//   S = Q K^T,  P = exp(S - lse),  dP = dO V^T,  dS = P * (dP - delta),  delta = rowsum(dO * O) - dlse
+//   dV = P^T dO,  dK = dS^T Q,  dQ = dS K
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+constexpr int64_t kBwdKeys = 192;  // keys of a block: a multiple of kTileRows and of every panel
+constexpr int64_t kBwdRows = 48;   // rows of a block
+
+// What one block of rows against one block of keys needs, for the gradient of q, k, v and for the bias'.
+template <class M>
+struct GradScratch {
+  using T = typename M::Acc;
+  using E = typename M::Elem;
+  int64_t q_ld, v_ld;            // of packed rows: elements along the head
+  int64_t q_wide, v_wide;        // of rows padded to whole vectors
+  E *q, *dout;                   // rows (kBwdRows, ld), the A of the products for S and dP
+  E *k_columns, *v_columns;      // blocks of keys and values by columns
+  E* buffer;
+  T *s, *dp, *capped;            // (kBwdRows, kBwdKeys); become P and dS
+  T *delta, *lse;                // (kBwdRows,)
+
+  GradScratch(const AttentionArgs& a, Arena& arena) {
+    q_wide = round_up(a.head_dim, M::V::kLanes);
+    v_wide = round_up(a.head_dim_v, M::V::kLanes);
+    q_ld = M::kPack == 1 ? q_wide : (a.head_dim + 1) / 2;
+    v_ld = M::kPack == 1 ? v_wide : (a.head_dim_v + 1) / 2;
+    q = arena.take<E>(kBwdRows * q_ld);
+    dout = arena.take<E>(kBwdRows * v_ld);
+    k_columns = arena.take<E>(kBwdKeys * depth(a.head_dim));
+    v_columns = arena.take<E>(kBwdKeys * depth(a.head_dim_v));
+    const int64_t widest = depth(a.head_dim > a.head_dim_v ? a.head_dim : a.head_dim_v);
+    buffer = arena.take<E>(M::V::kLanes * round_up(widest, 16));
+    s = arena.take<T>(kBwdRows * kBwdKeys);
+    dp = arena.take<T>(kBwdRows * kBwdKeys);
+    capped = arena.take<T>(a.softcap > 0 ? kBwdKeys : 0);
+    delta = arena.take<T>(kBwdRows);
+    lse = arena.take<T>(kBwdRows);
+  }
+  static int64_t depth(int64_t n) { return (n + M::kPack - 1) / M::kPack; }
+};
+
+template <class T>
+T dot_rows(DType dtype, const void* x, const void* y, int64_t n) {
+  T a[256], b[256];
+  load_row<T>(dtype, x, n, a);
+  load_row<T>(dtype, y, n, b);
+  T sum[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int lane = 0; lane < 8; ++lane) sum[lane] += a[i + lane] * b[i + lane];
+  for (; i < n; ++i) sum[0] += a[i] * b[i];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+// rowsum(dout * out) - dlse of one row
+template <class T>
+T delta_of(const AttentionArgs& a, int64_t b, const Row& row) {
+  const int64_t at_out = ((b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim_v;
+  const void* out = static_cast<const char*>(a.out) + at_out * element_size(a.dtype);
+  const T delta = dot_rows<T>(a.dtype, out, at(a.dtype, a.dout, b, row.i, row.h), a.head_dim_v);
+  return a.dlse ? delta - static_cast<const T*>(a.dlse)[(b * a.heads + row.h) * a.seq_q + row.i] : delta;
+}
+
+// lse of one row in powers of two; +inf where the row saw nothing, which makes every P 0.
+template <class T>
+T lse2_of(const AttentionArgs& a, int64_t b, const Row& row) {
+  const T lse = static_cast<const T*>(a.lse)[(b * a.heads + row.h) * a.seq_q + row.i];
+  return lse == -std::numeric_limits<T>::infinity() ? -lse : lse * T(kLog2e);
+}
+
+// Packs a block of rows; their delta and lse come along.
+template <class M>
+void grad_rows(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, int64_t first_row, int64_t n,
+               Row* rows) {
+  using T = typename M::Acc;
+  for (int64_t r = 0; r < n; ++r) {
+    const Row row = rows[r] = row_of(a, head, first_row + r);
+    const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
+    const void* dout = at(a.dtype, a.dout, head.b, row.i, row.h);
+    pack_rows<M>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
+    pack_rows<M>(a.dtype, &dout, 1, a.head_dim_v, w.dout + r * w.v_ld, w.v_ld);
+    w.delta[r] = delta_of<T>(a, head.b, row);
+    w.lse[r] = lse2_of<T>(a, head.b, row);
+  }
+}
+
+template <class M>
+void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, int64_t j0, int64_t n,
+               const void** rows) {
+  key_rows(a, a.v, head, j0, n, rows);
+  pack_columns<M>(a.dtype, rows, n, a.head_dim_v, w.v_columns, w.buffer);
+  key_rows(a, a.k, head, j0, n, rows);
+  pack_columns<M>(a.dtype, rows, n, a.head_dim, w.k_columns, w.buffer);
+}
+
+// P (after dropout) and dS of n rows in w.s and w.dp, columns of the span. dslopes (group,) or null is added to;
+// score_gradient says that dS is wanted with respect to the score, after the soft cap.
+template <class M>
+void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t r0,
+                 int64_t n, int64_t j0, Span span, typename M::Acc* dslopes, bool score_gradient) {
+  using T = typename M::Acc;
+  using V = typename M::V;
+  constexpr int64_t kLanes = V::kLanes, kPanel = panel_of<M>();
+  const int64_t width = span.end - span.begin, first_key = j0 + span.begin;
+  const int64_t q_depth = w.depth(a.head_dim), v_depth = w.depth(a.head_dim_v);
+  T* s_rows = w.s + r0 * kBwdKeys + span.begin;
+  T* dp_rows = w.dp + r0 * kBwdKeys + span.begin;
+  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, w.k_columns + span.begin * q_depth, kPanel, kPanel * q_depth,
+                        s_rows, kBwdKeys, q_depth, nullptr}, n, width / kLanes);
+  gemm<M, Start::zero>({w.dout + r0 * w.v_ld, w.v_ld, 1, w.v_columns + span.begin * v_depth, kPanel,
+                        kPanel * v_depth, dp_rows, kBwdKeys, v_depth, nullptr}, n, width / kLanes);
+  const V factor = V::set1(T(exponent_factor(a)));
+  for (int64_t r = 0; r < n; ++r) {
+    const Row& row = rows[r0 + r];
+    T *s = s_rows + r * kBwdKeys, *dp = dp_rows + r * kBwdKeys;
+    finish_scores<T>(a, head.b, row, first_key, width, s, a.softcap > 0 ? w.capped : nullptr);
+    const V shift = V::set1(-w.lse[r0 + r]), delta = V::set1(w.delta[r0 + r]);
+    if (a.dropout_p > 0) {
+      // dropout's factor is on P for dV and on dP for dS; P itself multiplies dP - delta
+      for (int64_t c = 0; c < width; c += kLanes) M::exp2(fma(V::load(s + c), factor, shift)).store(s + c);
+      T p[kBwdKeys];
+      memcpy(p, s, size_t(width) * sizeof(T));
+      apply_dropout<T>(a, head.b, row, first_key, width, s, dp);
+      for (int64_t c = 0; c < width; c += kLanes) (V::load(p + c) * (V::load(dp + c) - delta)).store(dp + c);
+    } else {
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const V p = M::exp2(fma(V::load(s + c), factor, shift));
+        p.store(s + c);
+        (p * (V::load(dp + c) - delta)).store(dp + c);
+      }
+    }
+    if (dslopes) {
+      const T start = T(row.i + a.offset - first_key);
+      T sum = 0;
+      for (int64_t c = 0; c < width; ++c) sum -= dp[c] * std::fabs(start - T(c));
+      dslopes[row.h - head.hk * head.group] += sum;
+    }
+    if (a.softcap > 0 && !score_gradient)
+      for (int64_t c = 0; c < width; ++c) dp[c] *= w.capped[c];
+  }
+}
+
+template <class M>
+struct BwdScratch : GradScratch<M> {
+  using T = typename M::Acc;
+  using E = typename M::Elem;
+  E* k_rows;                      // block of keys, the B of dQ
+  E *q_depth, *dout_depth;        // rows as the B of dK and dV; where kPack is 1 they are q and dout
+  E *p_depth, *ds_depth, *ds;     // P and dS as pairs of rows, dS as pairs of keys, where kPack is 2
+  T *dk, *dv;                     // (kBwdKeys, wide)
+  int64_t bytes;
+
+  static BwdScratch make(const AttentionArgs& a, void* base) {
+    Arena arena(base);
+    return BwdScratch(a, arena);
+  }
+  BwdScratch(const AttentionArgs& a, Arena& arena) : GradScratch<M>(a, arena) {
+    k_rows = arena.take<E>(kBwdKeys / M::kPack * this->q_wide);
+    if constexpr (M::kPack == 1) {
+      q_depth = this->q;
+      dout_depth = this->dout;
+      p_depth = this->s;
+      ds_depth = ds = this->dp;
+    } else {
+      q_depth = arena.take<E>(kBwdRows / 2 * this->q_wide);
+      dout_depth = arena.take<E>(kBwdRows / 2 * this->v_wide);
+      p_depth = arena.take<E>(kBwdRows / 2 * kBwdKeys);
+      ds_depth = arena.take<E>(kBwdRows / 2 * kBwdKeys);
+      ds = arena.take<E>(kBwdRows * kBwdKeys / 2);
+    }
+    dk = arena.take<T>(kBwdKeys * this->q_wide);
+    dv = arena.take<T>(kBwdKeys * this->v_wide);
+    bytes = arena.used();
+  }
+};
+
+template <class M>
+int64_t bwd_scratch(const AttentionArgs& a) {
+  return BwdScratch<M>::make(a, nullptr).bytes;
+}
+
+// The gradients of the block's rows against the block's keys: dq (n, q_wide) and w.dk, w.dv are added to.
+template <class M>
+void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
+               int64_t j0, int64_t block, typename M::Acc* dq, typename M::Acc* dslopes) {
+  using T = typename M::Acc;
+  constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
+  Row rows[kBwdRows];
+  for (int64_t r = 0; r < n; ++r) rows[r] = row_of(a, head, first_row + r);
+  const Span all = visible_span<M>(rows, n, j0, round_up(block, kLanes));
+  if (all.empty()) return;
+  grad_rows<M>(a, head, w, first_row, n, rows);
+  for (int64_t r0 = 0; r0 < n; r0 += kTileRows) {
+    const int64_t count = n - r0 < kTileRows ? n - r0 : kTileRows;
+    Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
+    if (span.empty()) span = {all.begin, all.begin};
+    if (!span.empty()) grad_scores<M>(a, head, w, rows, r0, count, j0, span, dslopes, false);
+    for (int64_t r = r0; r < r0 + count; ++r)
+      for (T* x : {w.s + r * kBwdKeys, w.dp + r * kBwdKeys}) {
+        for (int64_t c = all.begin; c < span.begin; ++c) x[c] = 0;
+        for (int64_t c = span.end; c < all.end; ++c) x[c] = 0;
+      }
+    if constexpr (kPack == 2) {
+      if (count % 2)
+        for (T* x : {w.s + (r0 + count) * kBwdKeys, w.dp + (r0 + count) * kBwdKeys})
+          for (int64_t c = all.begin; c < all.end; ++c) x[c] = 0;
+      const int64_t width = all.end - all.begin;
+      for (int64_t r = r0; r < r0 + count; r += 2) {
+        const int64_t from = r * kBwdKeys + all.begin, to = r / 2 * kBwdKeys + all.begin;
+        M::pack_row_pair(w.s + from, w.s + from + kBwdKeys, width, w.p_depth + to);
+        M::pack_row_pair(w.dp + from, w.dp + from + kBwdKeys, width, w.ds_depth + to);
+      }
+      for (int64_t r = r0; r < r0 + count; ++r)
+        M::pack_row(w.dp + r * kBwdKeys + all.begin, width, w.ds + (r * kBwdKeys + all.begin) / 2);
+    }
+    if (!span.empty())
+      gemm<M, Start::add>({w.ds + (r0 * kBwdKeys + span.begin) / kPack, kBwdKeys / kPack, 1,
+                           w.k_rows + span.begin / kPack * w.q_wide, w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide,
+                           (span.end - span.begin) / kPack, nullptr}, count, w.q_wide / kLanes);
+  }
+  if constexpr (kPack == 2) {
+    const void* sources[kBwdRows];
+    for (int64_t r = 0; r < n; ++r) sources[r] = at(a.dtype, a.q, head.b, rows[r].i, rows[r].h);
+    pack_depth<M>(a.dtype, sources, n, a.head_dim, w.q_depth, w.q_wide);
+    for (int64_t r = 0; r < n; ++r) sources[r] = at(a.dtype, a.dout, head.b, rows[r].i, rows[r].h);
+    pack_depth<M>(a.dtype, sources, n, a.head_dim_v, w.dout_depth, w.v_wide);
+  }
+  const int64_t depth = (n + kPack - 1) / kPack, keys = all.end - all.begin;
+  gemm<M, Start::add>({w.p_depth + all.begin, 1, kBwdKeys, w.dout_depth, w.v_wide, kPanel,
+                       w.dv + all.begin * w.v_wide, w.v_wide, depth, nullptr}, keys, w.v_wide / kLanes);
+  gemm<M, Start::add>({w.ds_depth + all.begin, 1, kBwdKeys, w.q_depth, w.q_wide, kPanel,
+                       w.dk + all.begin * w.q_wide, w.q_wide, depth, nullptr}, keys, w.q_wide / kLanes);
+}
+
+// dk and dv of a block, scaled and rounded.
+template <class T>
+void store_keys(const AttentionArgs& a, const KeyHead& head, int64_t j0, int64_t n, const T* dk, int64_t dk_ld,
+                const T* dv, int64_t dv_ld) {
+  const int64_t bytes = element_size(a.dtype);
+  T scaled[256];
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t at_key = (head.b * a.seq_k + j0 + j) * a.heads_kv + head.hk;
+    for (int64_t c = 0; c < a.head_dim; ++c) scaled[c] = dk[j * dk_ld + c] * T(a.scale);
+    store_row(a.dtype, scaled, a.head_dim, static_cast<char*>(a.dk) + at_key * a.head_dim * bytes);
+    store_row(a.dtype, dv + j * dv_ld, a.head_dim_v, static_cast<char*>(a.dv) + at_key * a.head_dim_v * bytes);
+  }
+}
+
+// Task: every chunks-th block of keys of one (batch, key head) against all its rows.
+template <class M>
+void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
+  using T = typename M::Acc;
+  const KeyHead head = key_head(a, task / a.chunks);
+  const int64_t chunk = task % a.chunks;
+  const BwdScratch<M> w = BwdScratch<M>::make(a, scratch);
+
+  T* dq = static_cast<T*>(a.dq_partial) + task * head.rows * w.q_wide;
+  memset(dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
+  T* dslopes = a.dslopes_partial ? static_cast<T*>(a.dslopes_partial) + task * head.group : nullptr;
+  for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
+  if (a.dsink_partial && chunk == 0) {
+    T* dsink = static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group;
+    for (int64_t g = 0; g < head.group; ++g) dsink[g] = 0;
+    for (int64_t r = 0; r < head.rows; ++r) {
+      const Row row = row_of(a, head, r);
+      const T sink = reinterpret_cast<const T*>(a.sink)[row.h] * T(kLog2e);
+      dsink[r / a.seq_q] -= exp2_one(sink - lse2_of<T>(a, head.b, row)) * delta_of<T>(a, head.b, row);
+    }
+  }
+
+  const void* sources[kBwdKeys];
+  for (int64_t j0 = chunk * kBwdKeys; j0 < a.seq_k; j0 += a.chunks * kBwdKeys) {
+    const int64_t stored = a.seq_k - j0 < kBwdKeys ? a.seq_k - j0 : kBwdKeys;
+    const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;  // the rest is hidden by kv_lengths
+    memset(w.dk, 0, size_t(kBwdKeys * w.q_wide) * sizeof(T));
+    memset(w.dv, 0, size_t(kBwdKeys * w.v_wide) * sizeof(T));
+    if (block > 0) {
+      grad_keys<M>(a, head, w, j0, block, sources);
+      pack_depth<M>(a.dtype, sources, block, a.head_dim, w.k_rows, w.q_wide);
+      const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
+      for (int64_t i = packed; i < round_up(block, M::V::kLanes) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
+      for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
+        bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block,
+                     dq + r0 * w.q_wide, dslopes);
+    }
+    store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
+  }
+}
+
+// Task: dq of one (batch, key head), the sum over the chunks in their order.
+template <class M>
+void bwd_finish(const AttentionArgs& a, int64_t task) {
+  using T = typename M::Acc;
+  const KeyHead head = key_head(a, task);
+  const int64_t wide = round_up(a.head_dim, M::V::kLanes), step = head.rows * wide;
+  const T* partial = static_cast<const T*>(a.dq_partial) + task * a.chunks * step;
+  T sum[256];
+  for (int64_t r = 0; r < head.rows; ++r) {
+    const T* x = partial + r * wide;
+    for (int64_t c = 0; c < a.head_dim; ++c) sum[c] = x[c];
+    for (int64_t chunk = 1; chunk < a.chunks; ++chunk)
+      for (int64_t c = 0; c < a.head_dim; ++c) sum[c] += x[chunk * step + c];
+    for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
+    const Row row = row_of(a, head, r);
+    const int64_t at_q = ((head.b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim;
+    store_row(a.dtype, sum, a.head_dim, static_cast<char*>(a.dq) + at_q * element_size(a.dtype));
+  }
+}
+
+// Gradient of the bias: a task owns a block of the bias and recomputes dS for every head, row and key that reads it, so
+// no tensor of the scores' size appears and the order of the sum is fixed.
+template <class M>
+struct DbiasScratch : GradScratch<M> {
+  typename M::Acc* sum;  // (kBwdRows, kBwdKeys)
+  int64_t bytes;
+  static DbiasScratch make(const AttentionArgs& a, void* base) {
+    Arena arena(base);
+    return DbiasScratch(a, arena);
+  }
+  DbiasScratch(const AttentionArgs& a, Arena& arena) : GradScratch<M>(a, arena) {
+    sum = arena.take<typename M::Acc>(kBwdRows * kBwdKeys);
+    bytes = arena.used();
+  }
+};
+
+template <class M>
+int64_t dbias_scratch(const AttentionArgs& a) {
+  return DbiasScratch<M>::make(a, nullptr).bytes;
+}
+
+template <class M>
+void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
+  using T = typename M::Acc;
+  const DbiasScratch<M> w = DbiasScratch<M>::make(a, scratch);
+  const int64_t row_tasks = (a.dbias_q + kBwdRows - 1) / kBwdRows, key_tasks = (a.dbias_k + kBwdKeys - 1) / kBwdKeys;
+  const int64_t key_task = task % key_tasks, row_task = task / key_tasks % row_tasks;
+  const int64_t bias_head = task / (key_tasks * row_tasks) % a.dbias_heads;
+  const int64_t bias_batch = task / (key_tasks * row_tasks * a.dbias_heads);
+  const bool all_rows = a.dbias_q == 1, all_keys = a.dbias_k == 1;
+  const int64_t i_begin = all_rows ? 0 : row_task * kBwdRows, j_begin = all_keys ? 0 : key_task * kBwdKeys;
+  const int64_t i_end = all_rows || i_begin + kBwdRows > a.seq_q ? a.seq_q : i_begin + kBwdRows;
+  const int64_t j_end = all_keys || j_begin + kBwdKeys > a.seq_k ? a.seq_k : j_begin + kBwdKeys;
+  memset(w.sum, 0, size_t(kBwdRows * kBwdKeys) * sizeof(T));
+
+  const void* sources[kBwdKeys];
+  Row rows[kBwdRows];
+  for (int64_t b = 0; b < a.batch; ++b) {
+    if (a.dbias_batch > 1 && b != bias_batch) continue;
+    for (int64_t h = 0; h < a.heads; ++h) {
+      if (a.dbias_heads > 1 && h != bias_head) continue;
+      const KeyHead head = key_head(a, b * a.heads_kv + h / (a.heads / a.heads_kv));
+      const int64_t head_row = (h - head.hk * head.group) * a.seq_q;
+      for (int64_t j0 = j_begin; j0 < j_end && j0 < head.keys; j0 += kBwdKeys) {
+        const int64_t limit = head.keys < j_end ? head.keys : j_end;
+        const int64_t block = limit - j0 < kBwdKeys ? limit - j0 : kBwdKeys;
+        grad_keys<M>(a, head, w, j0, block, sources);
+        for (int64_t i0 = i_begin; i0 < i_end; i0 += kBwdRows) {
+          const int64_t n = i_end - i0 < kBwdRows ? i_end - i0 : kBwdRows;
+          grad_rows<M>(a, head, w, head_row + i0, n, rows);
+          const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
+          if (span.empty()) continue;
+          grad_scores<M>(a, head, w, rows, 0, n, j0, span, nullptr, true);
+          const int64_t end = span.end < block ? span.end : block;
+          for (int64_t r = 0; r < n; ++r) {
+            const T* ds = w.dp + r * kBwdKeys;
+            T* sum = w.sum + (all_rows ? 0 : r * kBwdKeys);
+            if (all_keys)
+              for (int64_t c = span.begin; c < end; ++c) sum[0] += ds[c];
+            else
+              for (int64_t c = span.begin; c < end; ++c) sum[c] += ds[c];
+          }
+        }
+      }
+    }
+  }
+
+  const int64_t n_rows = all_rows ? 1 : i_end - i_begin, n_keys = all_keys ? 1 : j_end - j_begin;
+  for (int64_t r = 0; r < n_rows; ++r) {
+    const int64_t at_bias =
+        ((bias_batch * a.dbias_heads + bias_head) * a.dbias_q + row_task * kBwdRows + r) * a.dbias_k +
+        key_task * kBwdKeys;
+    store_row(a.bias.dtype, w.sum + r * kBwdKeys, n_keys,
+              static_cast<char*>(a.dbias) + at_bias * element_size(a.bias.dtype));
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

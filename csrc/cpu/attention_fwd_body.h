@@ -1,0 +1,309 @@
+// The forward: online softmax over blocks of keys (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao 2023,
+// arXiv:2307.08691). Included by attention_body.h.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+constexpr int64_t kFwdKeys = 256;  // keys of a block
+constexpr int64_t kFwdRows = 12;   // rows whose scores of a block are held at once
+
+template <class M>
+struct FwdScratch {
+  using T = typename M::Acc;
+  using E = typename M::Elem;
+  int64_t q_ld, o_ld;
+  E *q, *k, *v, *p, *buffer;  // packed queries, block of keys by columns, of values; weights, where T is not E
+  T *o, *m, *l, *s;           // accumulators, row maxima and sums, scores of a group of rows
+  int64_t bytes;
+
+  FwdScratch(const AttentionArgs& a, void* base) {
+    Arena arena(base);
+    q_ld = (a.head_dim + M::kPack - 1) / M::kPack;
+    o_ld = round_up(a.head_dim_v, M::V::kLanes);
+    q = arena.take<E>(a.rows_per_task * q_ld);
+    k = arena.take<E>(kFwdKeys * q_ld);
+    v = arena.take<E>(kFwdKeys / M::kPack * o_ld);
+    p = M::kPack == 1 ? nullptr : arena.take<E>(kFwdRows * kFwdKeys / M::kPack);
+    buffer = arena.take<E>(M::V::kLanes * round_up(q_ld, 16));
+    o = arena.take<T>(a.rows_per_task * o_ld);
+    m = arena.take<T>(a.rows_per_task);
+    l = arena.take<T>(a.rows_per_task);
+    s = arena.take<T>(kFwdRows * kFwdKeys);
+    bytes = arena.used();
+  }
+};
+
+// Weights of one row in a block: s (n,) becomes 2^(factor s - m) and m the running maximum; returns their sum.
+template <class M>
+typename M::Acc softmax_row(typename M::Acc* s, int64_t n, typename M::Acc factor, typename M::Acc* m) {
+  using T = typename M::Acc;
+  using V = typename M::V;
+  constexpr int kLanes = V::kLanes;
+  V high = V::load(s);
+  for (int64_t j = kLanes; j < n; j += kLanes) high = max(high, V::load(s + j));
+  const T top = reduce_max(high) * factor;
+  if (top > *m || top != top) *m = top;
+  const V f = V::set1(factor), shift = V::set1(*m == -std::numeric_limits<T>::infinity() ? T(0) : -*m);
+  V sum = V::zero();
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const V p = M::exp2(fma(V::load(s + j), f, shift));
+    p.store(s + j);
+    sum = sum + p;
+  }
+  return reduce_add(sum);
+}
+
+template <class T>
+T exp2_one(T x) {
+  T lanes[Vec<T>::kLanes];
+  exp2(Vec<T>::set1(x)).store(lanes);
+  return lanes[0];
+}
+
+// 1 / l with the sink in l, and the log-sum-exp; m is in powers of two. A row that saw nothing gives 0 and -inf.
+template <class T>
+T finish_row(const AttentionArgs& a, int64_t b, const Row& row, T m, T l) {
+  const T inf = std::numeric_limits<T>::infinity();
+  T inverse = 0, lse = -inf;
+  if (m != -inf) {
+    T scale = 1;
+    if (a.sink) {
+      const T sink = reinterpret_cast<const T*>(a.sink)[row.h] * T(kLog2e);
+      const T top = sink > m ? sink : m;
+      scale = exp2_one(m - top);
+      l = l * scale + exp2_one(sink - top);
+      m = top;
+    }
+    inverse = scale / l;
+    lse = m * T(kLn2) + std::log(l);
+  }
+  static_cast<T*>(a.lse)[(b * a.heads + row.h) * a.seq_q + row.i] = lse;
+  return inverse;
+}
+
+template <class T>
+void store_out(const AttentionArgs& a, int64_t b, const Row& row, T* o, int64_t ld, T inverse) {
+  for (int64_t c = 0; c < ld; ++c) o[c] *= inverse;
+  const int64_t at = ((b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim_v;
+  store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
+}
+
+// The rows of x at positions of one key head: pointers for the pack functions.
+inline void key_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head, int64_t j0, int64_t n,
+                     const void** rows) {
+  for (int64_t j = 0; j < n; ++j) rows[j] = at(a.dtype, x, head.b, j0 + j, head.hk);
+}
+
+template <class M>
+int64_t fwd_scratch(const AttentionArgs& a) {
+  return FwdScratch<M>(a, nullptr).bytes;
+}
+
+// One group of rows against one block of keys, which starts at key j0.
+template <class M>
+void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>& w, int64_t r0, int64_t first_row,
+               int64_t n, int64_t j0, int64_t block) {
+  using T = typename M::Acc;
+  constexpr int64_t kPanel = panel_of<M>();
+  Row rows[kFwdRows];
+  for (int64_t r = 0; r < n; ++r) rows[r] = row_of(a, head, first_row + r0 + r);
+  const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
+  if (span.empty()) return;
+  const int64_t width = span.end - span.begin;
+  const typename M::Elem* keys = w.k + span.begin * w.q_ld;
+  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, keys, kPanel, kPanel * w.q_ld, w.s, kFwdKeys, w.q_ld, nullptr},
+                       n, width / M::V::kLanes);
+  T correction[kFwdRows];
+  const T factor = T(exponent_factor(a));
+  const int64_t first_key = j0 + span.begin;
+  for (int64_t r = 0; r < n; ++r) {
+    T* s = w.s + r * kFwdKeys;
+    finish_scores<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+    T* m = w.m + r0 + r;
+    const T before = *m;
+    const T sum = softmax_row<M>(s, width, factor, m);
+    correction[r] = before == *m ? T(1) : exp2_one(before - *m);
+    w.l[r0 + r] = w.l[r0 + r] * correction[r] + sum;
+    if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+    if constexpr (M::kPack == 2) M::pack_row(s, width, w.p + r * kFwdKeys / 2);
+  }
+  const typename M::Elem* p;
+  if constexpr (M::kPack == 2) p = w.p; else p = w.s;
+  gemm<M, Start::scale_and_add>({p, kFwdKeys / M::kPack, 1, w.v + span.begin / M::kPack * w.o_ld, w.o_ld, kPanel,
+                                 w.o + r0 * w.o_ld, w.o_ld, width / M::kPack, correction},
+                                n, w.o_ld / M::V::kLanes);
+}
+
+// Task: rows_per_task rows of one (batch, key head).
+template <class M>
+void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
+  using T = typename M::Acc;
+  const int64_t tasks = (a.heads / a.heads_kv * a.seq_q + a.rows_per_task - 1) / a.rows_per_task;
+  const KeyHead head = key_head(a, task / tasks);
+  const int64_t first_row = task % tasks * a.rows_per_task;
+  const int64_t n = head.rows - first_row < a.rows_per_task ? head.rows - first_row : a.rows_per_task;
+  const FwdScratch<M> w(a, scratch);
+
+  int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
+  for (int64_t r = 0; r < n; ++r) {
+    const Row row = row_of(a, head, first_row + r);
+    const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
+    pack_rows<M>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
+    w.m[r] = -std::numeric_limits<T>::infinity();
+    w.l[r] = 0;
+    if (row.lo < row.hi) {
+      lo = row.lo < lo ? row.lo : lo;
+      hi = row.hi > hi ? row.hi : hi;
+    }
+  }
+  for (int64_t i = 0; i < n * w.o_ld; ++i) w.o[i] = 0;
+
+  const void* rows[kFwdKeys];
+  for (int64_t j0 = lo / kFwdKeys * kFwdKeys; j0 < hi; j0 += kFwdKeys) {
+    const int64_t block = hi - j0 < kFwdKeys ? hi - j0 : kFwdKeys;
+    key_rows(a, a.k, head, j0, block, rows);
+    pack_columns<M>(a.dtype, rows, block, a.head_dim, w.k, w.buffer);
+    key_rows(a, a.v, head, j0, block, rows);
+    pack_depth<M>(a.dtype, rows, block, a.head_dim_v, w.v, w.o_ld);
+    const int64_t packed = (block + M::kPack - 1) / M::kPack * w.o_ld;
+    const int64_t padded = round_up(block, M::V::kLanes) / M::kPack * w.o_ld;
+    for (int64_t i = packed; i < padded; ++i) w.v[i] = 0;
+    for (int64_t r0 = 0; r0 < n; r0 += kFwdRows)
+      fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows ? n - r0 : kFwdRows, j0, block);
+  }
+
+  for (int64_t r = 0; r < n; ++r) {
+    const Row row = row_of(a, head, first_row + r);
+    store_out(a, head.b, row, w.o + r * w.o_ld, w.o_ld, finish_row(a, head.b, row, w.m[r], w.l[r]));
+  }
+}
+
+// Few rows, many keys: each task reads its share of keys and values once, straight from the caller's tensors, and
+// leaves a state (m, l, o) per row, which split_finish merges.
+
+constexpr int64_t kSplitKeys = 64;  // keys whose scores are held at once
+
+template <class T>
+struct SplitState {
+  int64_t o_ld;
+  T *m, *l, *o;
+  SplitState(const AttentionArgs& a, const KeyHead& head, int64_t task) {
+    o_ld = round_up(a.head_dim_v, Vec<T>::kLanes);
+    m = static_cast<T*>(a.partial) + task * head.rows * (o_ld + 2);
+    l = m + head.rows;
+    o = l + head.rows;
+  }
+};
+
+template <class T>
+struct SplitScratch {
+  int64_t q_ld;
+  T *q, *s, *row;
+  int64_t bytes;
+  SplitScratch(const AttentionArgs& a, void* base) {
+    Arena arena(base);
+    const int64_t rows = a.heads / a.heads_kv * a.seq_q;
+    q_ld = round_up(a.head_dim, Vec<T>::kLanes);
+    q = arena.take<T>(rows * q_ld);
+    s = arena.take<T>(rows * kSplitKeys);
+    row = arena.take<T>(round_up(a.head_dim > a.head_dim_v ? a.head_dim : a.head_dim_v, 16));
+    bytes = arena.used();
+  }
+};
+
+// src itself where a vector loop can read it, else a padded copy in accumulator precision.
+template <class T>
+const T* readable_row(DType dtype, const void* src, int64_t n, T* copy) {
+  if (element_size(dtype) == sizeof(T) && n % Vec<T>::kLanes == 0) return static_cast<const T*>(src);
+  load_row<T>(dtype, src, n, copy);
+  for (int64_t c = n; c % Vec<T>::kLanes; ++c) copy[c] = 0;
+  return copy;
+}
+
+template <class T>
+int64_t split_scratch(const AttentionArgs& a) {
+  return SplitScratch<T>(a, nullptr).bytes;
+}
+
+template <class T>
+void split(const AttentionArgs& a, int64_t task, void* scratch) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  const int64_t splits = (a.seq_k + a.keys_per_split - 1) / a.keys_per_split;
+  const KeyHead head = key_head(a, task / splits);
+  const SplitState<T> state(a, head, task);
+  const SplitScratch<T> w(a, scratch);
+  for (int64_t r = 0; r < head.rows; ++r) {
+    const Row row = row_of(a, head, r);
+    const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
+    pack_rows<MathFma<T>>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
+    state.m[r] = -std::numeric_limits<T>::infinity();
+    state.l[r] = 0;
+  }
+  for (int64_t i = 0; i < head.rows * state.o_ld; ++i) state.o[i] = 0;
+
+  const T factor = T(exponent_factor(a));
+  const int64_t begin = task % splits * a.keys_per_split;
+  const int64_t end = begin + a.keys_per_split < head.keys ? begin + a.keys_per_split : head.keys;
+  for (int64_t j0 = begin; j0 < end; j0 += kSplitKeys) {
+    const int64_t n = end - j0 < kSplitKeys ? end - j0 : kSplitKeys, padded = round_up(n, kLanes);
+    for (int64_t j = 0; j < n; ++j) {
+      const T* k = readable_row<T>(a.dtype, at(a.dtype, a.k, head.b, j0 + j, head.hk), a.head_dim, w.row);
+      for (int64_t r = 0; r < head.rows; ++r) {
+        V sum = V::zero();
+        for (int64_t c = 0; c < w.q_ld; c += kLanes) sum = fma(V::load(w.q + r * w.q_ld + c), V::load(k + c), sum);
+        w.s[r * kSplitKeys + j] = reduce_add(sum);
+      }
+    }
+    for (int64_t r = 0; r < head.rows; ++r) {
+      const Row row = row_of(a, head, r);
+      T* s = w.s + r * kSplitKeys;
+      for (int64_t j = n; j < padded; ++j) s[j] = 0;
+      finish_scores<T>(a, head.b, row, j0, padded, s, nullptr);
+      const T before = state.m[r];
+      const T sum = softmax_row<MathFma<T>>(s, padded, factor, state.m + r);
+      const T correction = before == state.m[r] ? T(1) : exp2_one(before - state.m[r]);
+      state.l[r] = state.l[r] * correction + sum;
+      if (correction != T(1))
+        for (int64_t c = 0; c < state.o_ld; ++c) state.o[r * state.o_ld + c] *= correction;
+      if (a.dropout_p > 0) apply_dropout<T>(a, head.b, row, j0, padded, s, nullptr);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const T* v = readable_row<T>(a.dtype, at(a.dtype, a.v, head.b, j0 + j, head.hk), a.head_dim_v, w.row);
+      for (int64_t r = 0; r < head.rows; ++r) {
+        const V p = V::set1(w.s[r * kSplitKeys + j]);
+        T* o = state.o + r * state.o_ld;
+        for (int64_t c = 0; c < state.o_ld; c += kLanes) fma(p, V::load(v + c), V::load(o + c)).store(o + c);
+      }
+    }
+  }
+}
+
+template <class T>
+void split_finish(const AttentionArgs& a, int64_t task) {
+  const T inf = std::numeric_limits<T>::infinity();
+  const int64_t splits = (a.seq_k + a.keys_per_split - 1) / a.keys_per_split;
+  const KeyHead head = key_head(a, task);
+  const SplitState<T> first(a, head, task * splits);
+  for (int64_t r = 0; r < head.rows; ++r) {
+    T m = first.m[r], l = first.l[r];
+    T* o = first.o + r * first.o_ld;
+    for (int64_t s = 1; s < splits; ++s) {
+      const SplitState<T> next(a, head, task * splits + s);
+      if (next.m[r] == -inf) continue;
+      const T top = m > next.m[r] ? m : next.m[r];
+      const T old_scale = exp2_one(m - top), new_scale = exp2_one(next.m[r] - top);
+      l = l * old_scale + next.l[r] * new_scale;
+      for (int64_t c = 0; c < first.o_ld; ++c)
+        o[c] = o[c] * old_scale + next.o[r * first.o_ld + c] * new_scale;
+      m = top;
+    }
+    const Row row = row_of(a, head, r);
+    store_out(a, head.b, row, o, first.o_ld, finish_row(a, head.b, row, m, l));
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

@@ -1,0 +1,188 @@
+// What turns q . k into the score of the softmax: soft cap, ALiBi, bias, mask and the band of visible keys.
+// Included by attention_body.h.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+template <class M>
+constexpr int64_t panel_of() {
+  return kTileVecs * M::V::kLanes;
+}
+
+// Hands out aligned pieces of the scratch memory; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(n * int64_t(sizeof(T)), 64);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Rows of one key head: all queries of the first head that reads it, then of the second, ...
+struct Row {
+  int64_t h, i;    // query head and position
+  int64_t lo, hi;  // it sees keys lo <= j < hi, where mask and bias let it
+};
+
+struct KeyHead {
+  int64_t b, hk, group, rows;  // group: query heads that read this key head; rows: group * seq_q
+  int64_t keys;                // min(seq_k, kv_lengths[b])
+};
+
+inline KeyHead key_head(const AttentionArgs& a, int64_t index) {
+  KeyHead h;
+  h.b = index / a.heads_kv;
+  h.hk = index % a.heads_kv;
+  h.group = a.heads / a.heads_kv;
+  h.rows = h.group * a.seq_q;
+  h.keys = a.seq_k;
+  if (a.kv_lengths) {
+    const int64_t n = a.kv_lengths[h.b];
+    h.keys = n < 0 ? 0 : n < h.keys ? n : h.keys;
+  }
+  return h;
+}
+
+inline Row row_of(const AttentionArgs& a, const KeyHead& head, int64_t r) {
+  Row row;
+  row.h = head.hk * head.group + r / a.seq_q;
+  row.i = r % a.seq_q;
+  row.lo = 0;
+  row.hi = head.keys;
+  const int64_t diagonal = row.i + a.offset;
+  if (a.left >= 0 && diagonal - a.left > 0) row.lo = diagonal - a.left;
+  if (a.right >= 0 && diagonal + a.right + 1 < row.hi) row.hi = diagonal + a.right + 1;
+  return row;
+}
+
+inline const void* at(DType dtype, const Heads& x, int64_t b, int64_t s, int64_t h) {
+  return static_cast<const char*>(x.data) + (b * x.batch + s * x.seq + h * x.head) * element_size(dtype);
+}
+
+// Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent.
+inline bool has_features(const AttentionArgs& a) {
+  return a.softcap > 0 || a.slopes || a.bias.data || a.mask.data || !(a.scale > 0);
+}
+
+// What a stored score is multiplied by to become a power of two.
+inline double exponent_factor(const AttentionArgs& a) { return (has_features(a) ? 1.0 : a.scale) * kLog2e; }
+
+template <class T>
+T slope_of(const AttentionArgs& a, int64_t b, int64_t h) {
+  return reinterpret_cast<const T*>(a.slopes)[b * a.slopes_batch + h];
+}
+
+template <class T>
+void add_bias(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s) {
+  const ScoreMap& m = a.bias;
+  const int64_t first = b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  if (m.k == 0) {
+    const T x = load_one<T>(m.dtype, m.data, first);
+    for (int64_t j = 0; j < n; ++j) s[j] += x;
+  } else if (m.k == 1) {
+    constexpr int64_t kStep = 64;
+    T buffer[kStep];
+    for (int64_t j = 0; j < n; j += kStep) {
+      const int64_t count = n - j < kStep ? n - j : kStep;
+      load_row<T>(m.dtype, static_cast<const char*>(m.data) + (first + j) * element_size(m.dtype), count, buffer);
+      for (int64_t i = 0; i < count; ++i) s[j + i] += buffer[i];
+    }
+  } else {
+    for (int64_t j = 0; j < n; ++j) s[j] += load_one<T>(m.dtype, m.data, first + j * m.k);
+  }
+}
+
+template <class T>
+void apply_mask(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s) {
+  const ScoreMap& m = a.mask;
+  const uint8_t* see =
+      static_cast<const uint8_t*>(m.data) + b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  const T hidden = -std::numeric_limits<T>::infinity();
+  if (m.k == 1) {
+    for (int64_t j = 0; j < n; ++j) s[j] = see[j] ? s[j] : hidden;
+  } else {
+    for (int64_t j = 0; j < n; ++j) s[j] = see[j * m.k] ? s[j] : hidden;
+  }
+}
+
+// s (n,): q . k of keys j0 .. j0 + n of one row, replaced by what the softmax sees, up to exponent_factor.
+// capped (n,) or null: receives the derivative of the soft cap.
+template <class T>
+void finish_scores(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s, T* capped) {
+  using V = Vec<T>;
+  if (has_features(a)) {
+    const int64_t valid = a.seq_k - j0 < n ? a.seq_k - j0 : n;
+    if (a.softcap > 0) {
+      const V factor = V::set1(T(a.scale / a.softcap)), cap = V::set1(T(a.softcap));
+      for (int64_t j = 0; j < n; j += V::kLanes) {
+        const V t = tanh(V::load(s + j) * factor);
+        (t * cap).store(s + j);
+        if (capped) (V::set1(1) - t * t).store(capped + j);
+      }
+    } else {
+      const T scale = T(a.scale);
+      for (int64_t j = 0; j < n; ++j) s[j] *= scale;
+    }
+    if (a.slopes) {
+      const T slope = slope_of<T>(a, b, row.h);
+      const T start = T(row.i + a.offset - j0);
+      for (int64_t j = 0; j < n; ++j) s[j] -= slope * std::fabs(start - T(j));
+    }
+    if (a.bias.data) add_bias(a, b, row, j0, valid, s);
+    if (a.mask.data) apply_mask(a, b, row, j0, valid, s);
+  }
+  const T hidden = -std::numeric_limits<T>::infinity();
+  const int64_t lo = row.lo - j0 < n ? row.lo - j0 : n, hi = row.hi - j0 > 0 ? row.hi - j0 : 0;
+  for (int64_t j = 0; j < lo; ++j) s[j] = hidden;
+  for (int64_t j = hi; j < n; ++j) s[j] = hidden;
+}
+
+// Multiplies x (n,) by 1 / (1 - dropout_p) where dropout keeps the weight of key j0 + c, and by 0 elsewhere.
+template <class T>
+void apply_dropout(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* x, T* y) {
+  constexpr int kCounters = 16;
+  const uint64_t dropped = uint64_t(a.dropout_p * 4294967296.0);
+  const uint32_t threshold = dropped > 0xffffffffu ? 0xffffffffu : uint32_t(dropped);
+  const T factor = a.dropout_p < 1 ? T(1 / (1 - a.dropout_p)) : T(0);
+  uint32_t words[4 * kCounters];
+  for (int64_t j = 0; j < n; j += 4 * kCounters) {
+    philox<kCounters>(a.seed, uint32_t((j0 + j) / 4), uint32_t(row.i), uint32_t(row.h), uint32_t(b), words);
+    const int64_t count = n - j < 4 * kCounters ? n - j : 4 * kCounters;
+    for (int64_t c = 0; c < count; ++c) x[j + c] = words[c] >= threshold ? x[j + c] * factor : T(0);
+    if (y)
+      for (int64_t c = 0; c < count; ++c) y[j + c] = words[c] >= threshold ? y[j + c] * factor : T(0);
+  }
+}
+
+// The part [begin, end) of a block of keys that some of the rows see, in whole panels and vectors; empty if none.
+struct Span {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+template <class M>
+Span visible_span(const Row* rows, int64_t n, int64_t j0, int64_t block) {
+  int64_t lo = INT64_MAX, hi = 0;
+  for (int64_t r = 0; r < n; ++r) {
+    if (rows[r].lo >= rows[r].hi) continue;
+    lo = rows[r].lo < lo ? rows[r].lo : lo;
+    hi = rows[r].hi > hi ? rows[r].hi : hi;
+  }
+  Span s;
+  s.begin = lo <= j0 ? 0 : lo >= j0 + block ? block : (lo - j0) / panel_of<M>() * panel_of<M>();
+  s.end = hi <= j0 ? 0 : hi >= j0 + block ? block : round_up(hi - j0, M::V::kLanes);
+  return s;
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

@@ -1,0 +1,207 @@
+// Rows of tensors in any dtype to and from the element types that the matrix products read.
+// Included once per instruction set after vec.h and gemm.h, hence no include guard.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  const uint32_t bits = to_bits(x);
+  return uint16_t(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Exact. The exponent is rebased by a multiplication, which also normalises subnormals.
+inline float from_f16(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000u) << 16, rest = uint32_t(half & 0x7fffu) << 13;
+  const float scaled = from_bits(rest) * from_bits(0x77800000u);  // 2^112
+  return from_bits(sign | ((half & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : to_bits(scaled)));
+}
+
+// Round to nearest even; above 65520 infinity; NaN stays NaN.
+inline uint16_t to_f16(float x) {
+  const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000u, mag = bits & 0x7fffffffu;
+  if (mag > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (mag >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+  if (mag < 0x38800000u) {  // subnormal: the addition of 1/2 rounds at 2^-24
+    return uint16_t(sign | (to_bits(from_bits(mag) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1)) >> 13));
+}
+
+template <class T>
+void load_row(DType dtype, const void* src, int64_t n, T* dst) {
+  if constexpr (sizeof(T) == 8) {
+    memcpy(dst, src, size_t(n) * 8);
+  } else if (dtype == DType::f32) {
+    memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DType::bf16) {
+    const uint16_t* p = static_cast<const uint16_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = from_bits(uint32_t(p[i]) << 16);
+  } else {
+    const uint16_t* p = static_cast<const uint16_t*>(src);
+    int64_t i = 0;
+#if LMK_LANES >= 8
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+    for (; i < n; ++i) dst[i] = from_f16(p[i]);
+  }
+}
+
+template <class T>
+void store_row(DType dtype, const T* src, int64_t n, void* dst) {
+  if constexpr (sizeof(T) == 8) {
+    memcpy(dst, src, size_t(n) * 8);
+  } else if (dtype == DType::f32) {
+    memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DType::bf16) {
+    uint16_t* p = static_cast<uint16_t*>(dst);
+    for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(src[i]);
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(dst);
+    int64_t i = 0;
+#if LMK_LANES >= 8
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+    for (; i < n; ++i) p[i] = to_f16(src[i]);
+  }
+}
+
+// One element of a tensor of parameters (bias, slopes) at any stride.
+template <class T>
+T load_one(DType dtype, const void* src, int64_t index) {
+  T x;
+  load_row<T>(dtype, static_cast<const char*>(src) + index * element_size(dtype), 1, &x);
+  return x;
+}
+
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Packed rows, the A of a product: dst (n, ld) elements, zero beyond n_cols.
+template <class M>
+void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst, int64_t ld) {
+  for (int64_t r = 0; r < n; ++r) {
+    typename M::Elem* row = dst + r * ld;
+    if constexpr (M::kPack == 1) {
+      load_row(dtype, rows[r], n_cols, row);
+      for (int64_t c = n_cols; c < ld; ++c) row[c] = 0;
+    } else {
+      row[ld - 1] = 0;
+      memcpy(row, rows[r], size_t(n_cols) * 2);
+      for (int64_t c = (n_cols + 1) / 2; c < ld; ++c) row[c] = 0;
+    }
+  }
+}
+
+// Packed rows, the B of a product over the rows: dst (ceil(n / kPack), ld) elements, zero beyond n and n_cols.
+template <class M>
+void pack_depth(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst, int64_t ld) {
+  if constexpr (M::kPack == 1) {
+    pack_rows<M>(dtype, rows, n, n_cols, dst, ld);
+  } else {
+    for (int64_t r = 0; r < n; r += 2, dst += ld) {
+      const uint16_t* even = static_cast<const uint16_t*>(rows[r]);
+      const uint16_t* odd = r + 1 < n ? static_cast<const uint16_t*>(rows[r + 1]) : nullptr;
+      for (int64_t c = 0; c < n_cols; ++c) dst[c] = even[c];
+      if (odd)
+        for (int64_t c = 0; c < n_cols; ++c) dst[c] |= uint32_t(odd[c]) << 16;
+      for (int64_t c = n_cols; c < ld; ++c) dst[c] = 0;
+    }
+  }
+}
+
+#if LMK_LANES == 16
+// dst (16, dst_ld) = transpose of src (16, src_ld), 32-bit elements
+inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t dst_ld) {
+  const float* s = static_cast<const float*>(src);
+  float* d = static_cast<float*>(dst);
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(s + i * src_ld);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  // r[4 g + c], 128-bit part p: rows 4 g .. 4 g + 3 of column 4 p + c
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x88);
+    t[c + 4] = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xdd);
+    t[c + 8] = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x88);
+    t[c + 12] = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xdd);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm512_storeu_ps(d + c * dst_ld, _mm512_shuffle_f32x4(t[c], t[c + 8], 0x88));
+    _mm512_storeu_ps(d + (c + 4) * dst_ld, _mm512_shuffle_f32x4(t[c + 4], t[c + 12], 0x88));
+    _mm512_storeu_ps(d + (c + 8) * dst_ld, _mm512_shuffle_f32x4(t[c], t[c + 8], 0xdd));
+    _mm512_storeu_ps(d + (c + 12) * dst_ld, _mm512_shuffle_f32x4(t[c + 4], t[c + 12], 0xdd));
+  }
+}
+#elif LMK_LANES == 8
+// dst (8, dst_ld) = transpose of src (8, src_ld), 32-bit elements
+inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t dst_ld) {
+  const float* s = static_cast<const float*>(src);
+  float* d = static_cast<float*>(dst);
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(s + i * src_ld);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(d + c * dst_ld, _mm256_permute2f128_ps(r[c], r[c + 4], 0x20));
+    _mm256_storeu_ps(d + (c + 4) * dst_ld, _mm256_permute2f128_ps(r[c], r[c + 4], 0x31));
+  }
+}
+#endif
+
+// Packed columns, the B of a product over the columns: panels of kTileVecs vectors of rows,
+// dst (panels, ceil(n_cols / kPack), panel) elements; rows beyond n are zero. buffer: kLanes * (ceil(n_cols / kPack)
+// rounded up to 16) elements.
+template <class M>
+void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst,
+                  typename M::Elem* buffer) {
+  constexpr int64_t kLanes = M::V::kLanes, kPanel = kTileVecs * kLanes;
+  const int64_t depth = (n_cols + M::kPack - 1) / M::kPack, ld = round_up(depth, 16);
+  for (int64_t r = 0; r < round_up(n, kLanes); r += kLanes) {
+    typename M::Elem* out = dst + r / kPanel * kPanel * depth + r % kPanel;
+    const int64_t have = n - r < kLanes ? n - r : kLanes;
+    pack_rows<M>(dtype, rows + r, have, n_cols, buffer, ld);
+    for (int64_t i = have * ld; i < kLanes * ld; ++i) buffer[i] = 0;
+    int64_t k = 0;
+#if LMK_LANES >= 8
+    if constexpr (sizeof(typename M::Elem) == 4)
+      for (; k + kLanes <= depth; k += kLanes) transpose_tile(buffer + k, ld, out + k * kPanel, kPanel);
+#endif
+    for (; k < depth; ++k)
+      for (int64_t lane = 0; lane < kLanes; ++lane) out[k * kPanel + lane] = buffer[lane * ld + k];
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

@@ -1,0 +1,8 @@
+"""Fast GPT- and BERT-class models in plain PyTorch: fused ops for the CPU and the GPU, and a thin model package."""
+
+from ._library import backends
+from .ops.attention import attention, attention_weights, scaled_dot_product_attention
+
+__version__ = "0.1.0"
+
+__all__ = ["attention", "attention_weights", "backends", "scaled_dot_product_attention"]

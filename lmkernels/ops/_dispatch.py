@@ -1,0 +1,28 @@
+"""Which backend runs an op: the one asked for by name, or the first without an objection."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arguments) -> ModuleType:
+    """The backend module that runs `op` for these arguments.
+
+    backends: name -> module, in order of preference; `module.unsupported(*arguments)` returns None or its reason.
+    requested: a backend's name, or None for the first without an objection.
+    Raises ValueError for an unknown name, NotImplementedError when the named backend (or every one) objects.
+    """
+    if requested is not None:
+        if requested not in backends:
+            raise ValueError(f"backend must be one of {', '.join(backends)} or None, got {requested!r}")
+        reason = backends[requested].unsupported(*arguments)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: backend {requested!r} cannot run this: {reason}")
+        return backends[requested]
+    reasons = []
+    for name, module in backends.items():
+        reason = module.unsupported(*arguments)
+        if reason is None:
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op}: no backend can run this; " + "; ".join(reasons))

@@ -1,0 +1,71 @@
+"""Softmax attention in the compiled library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _library
+
+MAX_HEAD_DIM = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_FEATURES = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? kv_lengths, Tensor? seed, "
+    "SymInt left, SymInt right, SymInt offset, float scale, float softcap, float dropout_p"
+)
+_library.LIBRARY.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_FEATURES}) -> (Tensor, Tensor)")
+_library.LIBRARY.define(
+    "attention_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_FEATURES}, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_fwd = torch.ops.lmkernels.attention_fwd.default
+_bwd = torch.ops.lmkernels.attention_bwd.default
+
+
+@torch.library.register_fake("lmkernels::attention_fwd", lib=_library.LIBRARY)
+def _(q, k, v, *features):
+    b, s_q, h, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(b, s_q, h, v.shape[3]), q.new_empty(b, h, s_q, dtype=lse_dtype)
+
+
+@torch.library.register_fake("lmkernels::attention_bwd", lib=_library.LIBRARY)
+def _(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
+      scale, softcap, dropout_p, need_dbias, need_dslopes, need_dsink, deterministic):
+    def like(x, needed=True):
+        return x.new_empty(x.shape) if needed else q.new_empty(0)
+
+    return (like(q), like(k), like(v), like(bias, need_dbias), like(alibi_slopes, need_dslopes),
+            like(sink, need_dsink))
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if _library.native_error is not None:
+        return _library.native_error
+    if q.device.type != "cpu":
+        return f"the compiled library has no kernel for device {q.device.type!r}"
+    if q.dtype not in _DTYPES:
+        return f"dtype {q.dtype} is not one of float32, bfloat16, float16, float64"
+    if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
+        return f"head sizes go up to {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+    return None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself when its last axis is contiguous, which is all the kernels ask for."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]:
+    """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of the schema."""
+    return _fwd(_dense(q), _dense(k), _dense(v), *features)
+
+
+def backward(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *features_and_needs,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""
+    dout = None if dout is None else _dense(dout)
+    return _bwd(dout, dlse, _dense(q), _dense(k), _dense(v), out, lse, *features_and_needs)
