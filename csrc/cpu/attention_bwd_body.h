@@ -22,7 +22,6 @@ struct GradScratch {
   E *k_columns, *v_columns;      // blocks of keys and values by columns
   E* buffer;
   T *s, *dp, *capped;            // (kBwdRows, kBwdKeys); become P and dS
-  T *delta, *lse;                // (kBwdRows,)
 
   GradScratch(const AttentionArgs& a, Arena& arena) {
     q_wide = round_up(a.head_dim, M::V::kLanes);
@@ -38,8 +37,6 @@ struct GradScratch {
     s = arena.take<T>(kBwdRows * kBwdKeys);
     dp = arena.take<T>(kBwdRows * kBwdKeys);
     capped = arena.take<T>(a.softcap > 0 ? kBwdKeys : 0);
-    delta = arena.take<T>(kBwdRows);
-    lse = arena.take<T>(kBwdRows);
   }
   static int64_t depth(int64_t n) { return (n + M::kPack - 1) / M::kPack; }
 };
@@ -73,19 +70,14 @@ T lse2_of(const AttentionArgs& a, int64_t b, const Row& row) {
   return lse == -std::numeric_limits<T>::infinity() ? -lse : lse * T(kLog2e);
 }
 
-// Packs a block of rows; their delta and lse come along.
+// Packs a block of rows.
 template <class M>
-void grad_rows(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, int64_t first_row, int64_t n,
-               Row* rows) {
-  using T = typename M::Acc;
+void grad_rows(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t n) {
   for (int64_t r = 0; r < n; ++r) {
-    const Row row = rows[r] = row_of(a, head, first_row + r);
-    const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
-    const void* dout = at(a.dtype, a.dout, head.b, row.i, row.h);
+    const void* q = at(a.dtype, a.q, head.b, rows[r].i, rows[r].h);
+    const void* dout = at(a.dtype, a.dout, head.b, rows[r].i, rows[r].h);
     pack_rows<M>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
     pack_rows<M>(a.dtype, &dout, 1, a.head_dim_v, w.dout + r * w.v_ld, w.v_ld);
-    w.delta[r] = delta_of<T>(a, head.b, row);
-    w.lse[r] = lse2_of<T>(a, head.b, row);
   }
 }
 
@@ -98,11 +90,13 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
   pack_columns<M>(a.dtype, rows, n, a.head_dim, w.k_columns, w.buffer);
 }
 
-// P (after dropout) and dS of n rows in w.s and w.dp, columns of the span. dslopes (group,) or null is added to;
+// P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse (in powers of two)
+// and delta. dslopes (group,) or null is added to;
 // score_gradient says that dS is wanted with respect to the score, after the soft cap.
 template <class M>
 void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t r0,
-                 int64_t n, int64_t j0, Span span, typename M::Acc* dslopes, bool score_gradient) {
+                 const typename M::Acc* lse, const typename M::Acc* delta, int64_t n, int64_t j0, Span span,
+                 typename M::Acc* dslopes, bool score_gradient) {
   using T = typename M::Acc;
   using V = typename M::V;
   constexpr int64_t kLanes = V::kLanes, kPanel = panel_of<M>();
@@ -119,19 +113,19 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
     const Row& row = rows[r0 + r];
     T *s = s_rows + r * kBwdKeys, *dp = dp_rows + r * kBwdKeys;
     finish_scores<T>(a, head.b, row, first_key, width, s, a.softcap > 0 ? w.capped : nullptr);
-    const V shift = V::set1(-w.lse[r0 + r]), delta = V::set1(w.delta[r0 + r]);
+    const V shift = V::set1(-lse[r0 + r]), d = V::set1(delta[r0 + r]);
     if (a.dropout_p > 0) {
       // dropout's factor is on P for dV and on dP for dS; P itself multiplies dP - delta
       for (int64_t c = 0; c < width; c += kLanes) M::exp2(fma(V::load(s + c), factor, shift)).store(s + c);
       T p[kBwdKeys];
       memcpy(p, s, size_t(width) * sizeof(T));
       apply_dropout<T>(a, head.b, row, first_key, width, s, dp);
-      for (int64_t c = 0; c < width; c += kLanes) (V::load(p + c) * (V::load(dp + c) - delta)).store(dp + c);
+      for (int64_t c = 0; c < width; c += kLanes) (V::load(p + c) * (V::load(dp + c) - d)).store(dp + c);
     } else {
       for (int64_t c = 0; c < width; c += kLanes) {
         const V p = M::exp2(fma(V::load(s + c), factor, shift));
         p.store(s + c);
-        (p * (V::load(dp + c) - delta)).store(dp + c);
+        (p * (V::load(dp + c) - d)).store(dp + c);
       }
     }
     if (dslopes) {
@@ -153,6 +147,8 @@ struct BwdScratch : GradScratch<M> {
   E *q_depth, *dout_depth;        // rows as the B of dK and dV; where kPack is 1 they are q and dout
   E *p_depth, *ds_depth, *ds;     // P and dS as pairs of rows, dS as pairs of keys, where kPack is 2
   T *dk, *dv;                     // (kBwdKeys, wide)
+  T *lse, *delta;                 // (rows of the key head,)
+  T* dq;                          // (rows of the key head, q_wide), the caller's
   int64_t bytes;
 
   static BwdScratch make(const AttentionArgs& a, void* base) {
@@ -175,6 +171,9 @@ struct BwdScratch : GradScratch<M> {
     }
     dk = arena.take<T>(kBwdKeys * this->q_wide);
     dv = arena.take<T>(kBwdKeys * this->v_wide);
+    const int64_t rows = a.heads / a.heads_kv * a.seq_q;
+    lse = arena.take<T>(rows);
+    delta = arena.take<T>(rows);
     bytes = arena.used();
   }
 };
@@ -184,22 +183,23 @@ int64_t bwd_scratch(const AttentionArgs& a) {
   return BwdScratch<M>::make(a, nullptr).bytes;
 }
 
-// The gradients of the block's rows against the block's keys: dq (n, q_wide) and w.dk, w.dv are added to.
+// The gradients of the block's rows against the block's keys: w.dq, w.dk and w.dv are added to.
 template <class M>
 void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
-               int64_t j0, int64_t block, typename M::Acc* dq, typename M::Acc* dslopes) {
+               int64_t j0, int64_t block, typename M::Acc* dslopes) {
   using T = typename M::Acc;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
   for (int64_t r = 0; r < n; ++r) rows[r] = row_of(a, head, first_row + r);
   const Span all = visible_span<M>(rows, n, j0, round_up(block, kLanes));
   if (all.empty()) return;
-  grad_rows<M>(a, head, w, first_row, n, rows);
+  grad_rows<M>(a, head, w, rows, n);
+  T* dq = w.dq + first_row * w.q_wide;
   for (int64_t r0 = 0; r0 < n; r0 += kTileRows) {
     const int64_t count = n - r0 < kTileRows ? n - r0 : kTileRows;
     Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
     if (span.empty()) span = {all.begin, all.begin};
-    if (!span.empty()) grad_scores<M>(a, head, w, rows, r0, count, j0, span, dslopes, false);
+    if (!span.empty()) grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, false);
     for (int64_t r = r0; r < r0 + count; ++r)
       for (T* x : {w.s + r * kBwdKeys, w.dp + r * kBwdKeys}) {
         for (int64_t c = all.begin; c < span.begin; ++c) x[c] = 0;
@@ -257,19 +257,22 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
   using T = typename M::Acc;
   const KeyHead head = key_head(a, task / a.chunks);
   const int64_t chunk = task % a.chunks;
-  const BwdScratch<M> w = BwdScratch<M>::make(a, scratch);
+  BwdScratch<M> w = BwdScratch<M>::make(a, scratch);
 
-  T* dq = static_cast<T*>(a.dq_partial) + task * head.rows * w.q_wide;
-  memset(dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
+  w.dq = static_cast<T*>(a.dq_partial) + task * head.rows * w.q_wide;
+  memset(w.dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
   T* dslopes = a.dslopes_partial ? static_cast<T*>(a.dslopes_partial) + task * head.group : nullptr;
   for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
-  if (a.dsink_partial && chunk == 0) {
-    T* dsink = static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group;
-    for (int64_t g = 0; g < head.group; ++g) dsink[g] = 0;
-    for (int64_t r = 0; r < head.rows; ++r) {
-      const Row row = row_of(a, head, r);
+  T* dsink = a.dsink_partial && chunk == 0
+                 ? static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group : nullptr;
+  for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
+  for (int64_t r = 0; r < head.rows; ++r) {
+    const Row row = row_of(a, head, r);
+    w.lse[r] = lse2_of<T>(a, head.b, row);
+    w.delta[r] = delta_of<T>(a, head.b, row);
+    if (dsink) {
       const T sink = reinterpret_cast<const T*>(a.sink)[row.h] * T(kLog2e);
-      dsink[r / a.seq_q] -= exp2_one(sink - lse2_of<T>(a, head.b, row)) * delta_of<T>(a, head.b, row);
+      dsink[r / a.seq_q] -= exp2_one(sink - w.lse[r]) * w.delta[r];
     }
   }
 
@@ -285,8 +288,7 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
       const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
       for (int64_t i = packed; i < round_up(block, M::V::kLanes) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
       for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
-        bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block,
-                     dq + r0 * w.q_wide, dslopes);
+        bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes);
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }
@@ -361,10 +363,16 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
         grad_keys<M>(a, head, w, j0, block, sources);
         for (int64_t i0 = i_begin; i0 < i_end; i0 += kBwdRows) {
           const int64_t n = i_end - i0 < kBwdRows ? i_end - i0 : kBwdRows;
-          grad_rows<M>(a, head, w, head_row + i0, n, rows);
+          T lse[kBwdRows], delta[kBwdRows];
+          for (int64_t r = 0; r < n; ++r) {
+            rows[r] = row_of(a, head, head_row + i0 + r);
+            lse[r] = lse2_of<T>(a, head.b, rows[r]);
+            delta[r] = delta_of<T>(a, head.b, rows[r]);
+          }
           const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
           if (span.empty()) continue;
-          grad_scores<M>(a, head, w, rows, 0, n, j0, span, nullptr, true);
+          grad_rows<M>(a, head, w, rows, n);
+          grad_scores<M>(a, head, w, rows, 0, lse, delta, n, j0, span, nullptr, true);
           const int64_t end = span.end < block ? span.end : block;
           for (int64_t r = 0; r < n; ++r) {
             const T* ds = w.dp + r * kBwdKeys;

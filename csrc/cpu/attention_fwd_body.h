@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kFwdKeys = 256;  // keys of a block
 constexpr int64_t kFwdRows = 12;   // rows whose scores of a block are held at once
+constexpr int64_t kRowVecs = 16;   // kFwdRows in whole vectors of any instruction set
 
 template <class M>
 struct FwdScratch {
@@ -34,24 +35,41 @@ struct FwdScratch {
   }
 };
 
-// Weights of one row in a block: s (n,) becomes 2^(factor s - m) and m the running maximum; returns their sum.
-template <class M>
-typename M::Acc softmax_row(typename M::Acc* s, int64_t n, typename M::Acc factor, typename M::Acc* m) {
-  using T = typename M::Acc;
-  using V = typename M::V;
-  constexpr int kLanes = V::kLanes;
+template <class T>
+T row_max(const T* s, int64_t n) {
+  using V = Vec<T>;
   V high = V::load(s);
-  for (int64_t j = kLanes; j < n; j += kLanes) high = max(high, V::load(s + j));
-  const T top = reduce_max(high) * factor;
-  if (top > *m || top != top) *m = top;
-  const V f = V::set1(factor), shift = V::set1(*m == -std::numeric_limits<T>::infinity() ? T(0) : -*m);
+  for (int64_t j = V::kLanes; j < n; j += V::kLanes) high = max(high, V::load(s + j));
+  return reduce_max(high);
+}
+
+// s (n,) becomes the weights 2^(factor s + shift); returns their sum.
+template <class M>
+typename M::Acc weights_row(typename M::Acc* s, int64_t n, typename M::Acc factor, typename M::Acc shift) {
+  using V = typename M::V;
+  const V f = V::set1(factor), c = V::set1(shift);
   V sum = V::zero();
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const V p = M::exp2(fma(V::load(s + j), f, shift));
+  for (int64_t j = 0; j < n; j += V::kLanes) {
+    const V p = M::exp2(fma(V::load(s + j), f, c));
     p.store(s + j);
     sum = sum + p;
   }
   return reduce_add(sum);
+}
+
+// The running maxima m (n,) take in the new ones, top (n,) (times factor); correction is what sums so far are
+// multiplied by, shift what goes into the exponent of the new weights. All in whole vectors.
+template <class T>
+void update_maxima(const T* top, T factor, int64_t n, T* m, T* correction, T* shift) {
+  using V = Vec<T>;
+  for (int64_t r = 0; r < n; r += V::kLanes) {
+    const V before = V::load(m + r), after = max(before, V::load(top + r) * V::set1(factor));
+    // a row that has seen nothing yet has -inf, which must not meet -inf
+    const V finite = select_less(after, V::set1(std::numeric_limits<T>::lowest()), V::zero(), after);
+    after.store(m + r);
+    exp2(before - finite).store(correction + r);
+    (V::zero() - finite).store(shift + r);
+  }
 }
 
 template <class T>
@@ -114,17 +132,19 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   const typename M::Elem* keys = w.k + span.begin * w.q_ld;
   gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, keys, kPanel, kPanel * w.q_ld, w.s, kFwdKeys, w.q_ld, nullptr},
                        n, width / M::V::kLanes);
-  T correction[kFwdRows];
   const T factor = T(exponent_factor(a));
   const int64_t first_key = j0 + span.begin;
+  T top[kRowVecs] = {}, m[kRowVecs] = {}, correction[kRowVecs], shift[kRowVecs];
+  for (int64_t r = 0; r < n; ++r) {
+    finish_scores<T>(a, head.b, rows[r], first_key, width, w.s + r * kFwdKeys, nullptr);
+    top[r] = row_max(w.s + r * kFwdKeys, width);
+    m[r] = w.m[r0 + r];
+  }
+  update_maxima(top, factor, n, m, correction, shift);
   for (int64_t r = 0; r < n; ++r) {
     T* s = w.s + r * kFwdKeys;
-    finish_scores<T>(a, head.b, rows[r], first_key, width, s, nullptr);
-    T* m = w.m + r0 + r;
-    const T before = *m;
-    const T sum = softmax_row<M>(s, width, factor, m);
-    correction[r] = before == *m ? T(1) : exp2_one(before - *m);
-    w.l[r0 + r] = w.l[r0 + r] * correction[r] + sum;
+    w.m[r0 + r] = m[r];
+    w.l[r0 + r] = w.l[r0 + r] * correction[r] + weights_row<M>(s, width, factor, shift[r]);
     if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
     if constexpr (M::kPack == 2) M::pack_row(s, width, w.p + r * kFwdKeys / 2);
   }
@@ -261,10 +281,11 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
       T* s = w.s + r * kSplitKeys;
       for (int64_t j = n; j < padded; ++j) s[j] = 0;
       finish_scores<T>(a, head.b, row, j0, padded, s, nullptr);
-      const T before = state.m[r];
-      const T sum = softmax_row<MathFma<T>>(s, padded, factor, state.m + r);
-      const T correction = before == state.m[r] ? T(1) : exp2_one(before - state.m[r]);
-      state.l[r] = state.l[r] * correction + sum;
+      T top[kRowVecs] = {row_max(s, padded)}, m[kRowVecs] = {state.m[r]}, corrections[kRowVecs], shifts[kRowVecs];
+      update_maxima(top, factor, 1, m, corrections, shifts);
+      state.m[r] = m[0];
+      const T correction = corrections[0];
+      state.l[r] = state.l[r] * correction + weights_row<MathFma<T>>(s, padded, factor, shifts[0]);
       if (correction != T(1))
         for (int64_t c = 0; c < state.o_ld; ++c) state.o[r * state.o_ld + c] *= correction;
       if (a.dropout_p > 0) apply_dropout<T>(a, head.b, row, j0, padded, s, nullptr);

@@ -80,7 +80,9 @@ template <class M, Start kStart, int kRows, int kVecs>
   constexpr int kLanes = V::kLanes;
   typename M::Acc* c = g.c + row * g.c_row + col;
   V acc[kRows][kVecs];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < kVecs; ++n) {
       if constexpr (kStart == Start::zero) acc[r][n] = V::zero();
       if constexpr (kStart == Start::add) acc[r][n] = V::load(c + r * g.c_row + n * kLanes);
@@ -91,15 +93,20 @@ template <class M, Start kStart, int kRows, int kVecs>
   const int64_t a_row = g.a_row, a_depth = g.a_depth, b_depth = g.b_depth;
   for (int64_t k = g.depth; k > 0; --k) {
     typename M::B bv[kVecs];
+#pragma GCC unroll 8
     for (int n = 0; n < kVecs; ++n) bv[n] = M::load(b + n * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const typename M::B av = M::broadcast(a + r * a_row);
+#pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) acc[r][n] = M::dot(acc[r][n], av, bv[n]);
     }
     a += a_depth;
     b += b_depth;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
     for (int n = 0; n < kVecs; ++n) acc[r][n].store(c + r * g.c_row + n * kLanes);
 }
 

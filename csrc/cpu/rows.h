@@ -40,12 +40,22 @@ inline uint16_t to_f16(float x) {
   return uint16_t(sign | ((mag - 0x38000000u + 0xfffu + ((mag >> 13) & 1)) >> 13));
 }
 
+// A row is a few vectors long: a loop in place beats a call of memcpy.
+template <class T>
+inline void copy_row(const void* src, int64_t n, T* dst) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  const T* p = static_cast<const T*>(src);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) Vec<T>::load(p + i).store(dst + i);
+  for (; i < n; ++i) dst[i] = p[i];
+}
+
 template <class T>
 void load_row(DType dtype, const void* src, int64_t n, T* dst) {
   if constexpr (sizeof(T) == 8) {
-    memcpy(dst, src, size_t(n) * 8);
+    copy_row(src, n, dst);
   } else if (dtype == DType::f32) {
-    memcpy(dst, src, size_t(n) * 4);
+    copy_row(src, n, dst);
   } else if (dtype == DType::bf16) {
     const uint16_t* p = static_cast<const uint16_t*>(src);
     for (int64_t i = 0; i < n; ++i) dst[i] = from_bits(uint32_t(p[i]) << 16);
@@ -63,9 +73,9 @@ void load_row(DType dtype, const void* src, int64_t n, T* dst) {
 template <class T>
 void store_row(DType dtype, const T* src, int64_t n, void* dst) {
   if constexpr (sizeof(T) == 8) {
-    memcpy(dst, src, size_t(n) * 8);
+    copy_row(src, n, static_cast<T*>(dst));
   } else if (dtype == DType::f32) {
-    memcpy(dst, src, size_t(n) * 4);
+    copy_row(src, n, static_cast<T*>(dst));
   } else if (dtype == DType::bf16) {
     uint16_t* p = static_cast<uint16_t*>(dst);
     for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(src[i]);
@@ -91,6 +101,11 @@ T load_one(DType dtype, const void* src, int64_t index) {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+inline void copy_pairs(const void* src, int64_t n, uint32_t* dst) {
+  const char* p = static_cast<const char*>(src);
+  for (int64_t i = 0; i < n; ++i) memcpy(dst + i, p + 4 * i, 4);
+}
+
 // Packed rows, the A of a product: dst (n, ld) elements, zero beyond n_cols.
 template <class M>
 void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst, int64_t ld) {
@@ -100,8 +115,9 @@ void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, 
       load_row(dtype, rows[r], n_cols, row);
       for (int64_t c = n_cols; c < ld; ++c) row[c] = 0;
     } else {
-      row[ld - 1] = 0;
-      memcpy(row, rows[r], size_t(n_cols) * 2);
+      const int64_t pairs = n_cols / 2;
+      copy_pairs(rows[r], pairs, row);
+      if (n_cols % 2) row[pairs] = static_cast<const uint16_t*>(rows[r])[n_cols - 1];
       for (int64_t c = (n_cols + 1) / 2; c < ld; ++c) row[c] = 0;
     }
   }
@@ -125,12 +141,11 @@ void pack_depth(DType dtype, const void* const* rows, int64_t n, int64_t n_cols,
 }
 
 #if LMK_LANES == 16
-// dst (16, dst_ld) = transpose of src (16, src_ld), 32-bit elements
-inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t dst_ld) {
-  const float* s = static_cast<const float*>(src);
+// dst (16, dst_ld) = transpose of 32-bit elements [k, k + 16) of 16 rows
+inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_t dst_ld) {
   float* d = static_cast<float*>(dst);
   __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(s + i * src_ld);
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(static_cast<const float*>(rows[i]) + k);
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
@@ -156,12 +171,11 @@ inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t d
   }
 }
 #elif LMK_LANES == 8
-// dst (8, dst_ld) = transpose of src (8, src_ld), 32-bit elements
-inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t dst_ld) {
-  const float* s = static_cast<const float*>(src);
+// dst (8, dst_ld) = transpose of 32-bit elements [k, k + 8) of 8 rows
+inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_t dst_ld) {
   float* d = static_cast<float*>(dst);
   __m256 r[8], t[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(s + i * src_ld);
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(static_cast<const float*>(rows[i]) + k);
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -185,20 +199,29 @@ inline void transpose_tile(const void* src, int64_t src_ld, void* dst, int64_t d
 template <class M>
 void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst,
                   typename M::Elem* buffer) {
+  using E = typename M::Elem;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = kTileVecs * kLanes;
   const int64_t depth = (n_cols + M::kPack - 1) / M::kPack, ld = round_up(depth, 16);
-  for (int64_t r = 0; r < round_up(n, kLanes); r += kLanes) {
-    typename M::Elem* out = dst + r / kPanel * kPanel * depth + r % kPanel;
+  for (int64_t r = 0; r < n; r += kLanes) {
+    E* out = dst + r / kPanel * kPanel * depth + r % kPanel;
     const int64_t have = n - r < kLanes ? n - r : kLanes;
-    pack_rows<M>(dtype, rows + r, have, n_cols, buffer, ld);
-    for (int64_t i = have * ld; i < kLanes * ld; ++i) buffer[i] = 0;
+    const void* lanes[kLanes];
+    for (int64_t i = 0; i < have; ++i) lanes[i] = rows[r + i];
+    // straight from the source where it holds elements already, in whole vectors and of whole tiles
+    const bool direct = have == kLanes && depth % kLanes == 0 && n_cols % M::kPack == 0 &&
+                        element_size(dtype) * M::kPack == int64_t(sizeof(E));
+    if (!direct) {
+      pack_rows<M>(dtype, lanes, have, n_cols, buffer, ld);
+      for (int64_t i = have * ld; i < kLanes * ld; ++i) buffer[i] = 0;
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = buffer + i * ld;
+    }
     int64_t k = 0;
 #if LMK_LANES >= 8
-    if constexpr (sizeof(typename M::Elem) == 4)
-      for (; k + kLanes <= depth; k += kLanes) transpose_tile(buffer + k, ld, out + k * kPanel, kPanel);
+    if constexpr (sizeof(E) == 4)
+      for (; k + kLanes <= depth; k += kLanes) transpose_tile(lanes, k, out + k * kPanel, kPanel);
 #endif
     for (; k < depth; ++k)
-      for (int64_t lane = 0; lane < kLanes; ++lane) out[k * kPanel + lane] = buffer[lane * ld + k];
+      for (int64_t lane = 0; lane < kLanes; ++lane) out[k * kPanel + lane] = static_cast<const E*>(lanes[lane])[k];
   }
 }
 

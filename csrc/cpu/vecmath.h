@@ -39,7 +39,8 @@ inline Vec<float> exp2(Vec<float> x) {
 // Degree 11 (1.8e-17 before rounding): 1.0 ulp.
 inline Vec<double> exp2(Vec<double> x) {
   using V = Vec<double>;
-  x = max(V::set1(-1022.0), x);  // 2^-1022 stands for 0: no weight that small survives a sum in double
+  const V y = x;
+  x = max(V::set1(-1022.0), x);
   const V n = round_small(x);
   const V r = x - n;
   V p = V::set1(4.0780717860928704165e-10);
@@ -54,7 +55,7 @@ inline Vec<double> exp2(Vec<double> x) {
   p = fma(p, r, V::set1(2.4022650695910098006e-1));
   p = fma(p, r, V::set1(6.9314718055994569675e-1));
   p = fma(p, r, V::set1(1.0));
-  return scale_by_power(p, n);
+  return select_less(y, V::set1(-1022.0), V::zero(), scale_by_power(p, n));
 }
 
 #if LMK_BF16_DOT
