@@ -222,8 +222,8 @@ def _run(module, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left
     arguments = (q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset, scale, softcap,
                  dropout_p)
     differentiable = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-        or any(x is not None and x.requires_grad for x in (bias, alibi_slopes, sink)))
+        q.requires_grad or k.requires_grad or v.requires_grad or bias is not None and bias.requires_grad
+        or alibi_slopes is not None and alibi_slopes.requires_grad or sink is not None and sink.requires_grad)
     if module is reference or not differentiable:
         return module.forward(*arguments)
     name = module.__name__.rpartition(".")[2]
@@ -241,6 +241,23 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
     """b, s_q, h, d, s_k, or an error that names the argument."""
+    try:
+        b, s_q, h, d = q.shape
+        b_k, s_k, h_kv, d_k = k.shape
+        b_v, s_v, h_v, d_v = v.shape
+        fits = (b == b_k == b_v and s_k == s_v and h_kv == h_v and d == d_k and h_kv > 0 and h % h_kv == 0
+                and d > 0 and d_v > 0 and q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS
+                and q.device == k.device == v.device)
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_qkv(q, k, v, names)
+        b, s_q, h, d, s_k = *q.shape, k.shape[1]
+    return b, s_q, h, d, s_k
+
+
+def _explain_qkv(q, k, v, names) -> None:
+    """Raises the error of q, k and v that do not fit together; returns where they do after all (no heads)."""
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -252,7 +269,7 @@ def _check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]
             raise TypeError(f"{name} must have {names[0]}'s dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on {names[0]}'s device {q.device}, got {x.device}")
-    b, s_q, h, d = q.shape
+    b, _, h, d = q.shape
     b_k, s_k, h_kv, d_k = k.shape
     if d_k != d:
         raise ValueError(f"{names[1]} must have {names[0]}'s head size {d}, got {names[1]} {tuple(k.shape)} with "
@@ -267,14 +284,16 @@ def _check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]
         raise ValueError(f"the number of heads of {names[0]} must be a multiple of {names[1]}'s, got {h} and {h_kv}")
     if d == 0 or v.shape[3] == 0:
         raise ValueError(f"head sizes must be at least 1, got {d} and {v.shape[3]}")
-    return b, s_q, h, d, s_k
 
 
 def _check_window(window, causal) -> tuple[int, int]:
     """(left, right) with causal folded in."""
-    if len(window) != 2 or any(isinstance(w, float) for w in window):
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise ValueError(f"window must be two integers (left, right), got {window!r}") from None
+    if isinstance(left, float) or isinstance(right, float):
         raise ValueError(f"window must be two integers (left, right), got {window!r}")
-    left, right = window
     if left < -1 or right < -1:
         raise ValueError(f"window must hold lengths >= 0, or -1 for unbounded, got {window!r}")
     return left, 0 if causal else right
@@ -331,6 +350,8 @@ def _check_float(name: str, x: Tensor, q: Tensor) -> Tensor:
 
 def _check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths):
     """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take."""
+    if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
+        return None, None, None, None, None
     for name, x in (("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sink", sink),
                     ("kv_lengths", kv_lengths)):
         if x is None:

@@ -1,0 +1,63 @@
+# make install   .venv with everything in it, and the CPU kernels built into lmkernels/
+# make test      the whole test suite
+# make demo      train a small GPT, let it write, and compare with plain torch on this machine
+#
+# Each starts with what `make install` does, and that does nothing when it has been done. Only the first one needs a
+# network. PYTHON picks the interpreter that makes .venv; ARGS goes to pytest or to the benchmarks.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+OTHER_TORCH ?= 2.14.1
+OTHER_VENV ?= .venv-torch-$(OTHER_TORCH)
+CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+# torch's build looks for ninja here
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: install test test-other-torch demo bench lint format clean
+
+install: $(VENV)/installed lmkernels/_C.so
+
+# torch first and the package without build isolation, so that it is built with the torch it will run with.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch numpy ninja 'setuptools>=77'
+	LMKERNELS_NO_EXTENSION=1 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
+	  --editable '.[test,dev,hf]'
+	touch $@
+
+# Built in place: ninja then compiles only what has changed. Where there is no compiler this makes no file, and says so.
+lmkernels/_C.so: $(VENV)/installed $(CXX_SOURCES)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+
+test: install
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The library that torch 2.13 built must load under another torch; about 6 GB of disk.
+test-other-torch: install $(OTHER_VENV)/bin/torchrun
+	LMKERNELS_OTHER_TORCH=$(abspath $(OTHER_VENV))/bin/python \
+	  $(VENV)/bin/python -m pytest tests/test_packaging.py -k other_torch $(ARGS)
+
+$(OTHER_VENV)/bin/torchrun:
+	$(PYTHON) -m venv $(OTHER_VENV)
+	$(OTHER_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==$(OTHER_TORCH) numpy
+
+demo: install
+	$(VENV)/bin/python -m lmkernels.demo
+
+bench: install
+	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+lint: install
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: install
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+# All but .venv, which only the network can bring back.
+clean:
+	rm -rf build dist demo-out *.egg-info lmkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

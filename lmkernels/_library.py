@@ -1,0 +1,69 @@
+"""The compiled library lmkernels/_C.so: loading it, and what is present on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+# Every op of the package is declared through this object, beside its fake; C++ only implements. So the ops,
+# and their errors, exist even where the compiled library does not.
+LIBRARY = torch.library.Library("lmkernels", "DEF")
+
+# It takes no tensor, so C++ registers it for CompositeExplicitAutograd; under CPU it would not be found.
+LIBRARY.define("cpu_isa() -> str")
+
+
+def _load() -> str | None:
+    """Loads the compiled library. Returns None, or why it is absent; never raises."""
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        return (
+            f"{path} does not exist: lmkernels was installed without a C++ compiler or with "
+            "LMKERNELS_NO_EXTENSION=1; reinstall it with a C++ compiler present"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path} does not load into torch {torch.__version__}: {error.__cause__ or error}"
+    return None
+
+
+native_error: str | None = _load()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the CPU kernels: generic, avx2, avx512 or avx512bf16; None without the library.
+
+    The best that this CPU has, unless LMKERNELS_CPU_ISA names another; one that does not exist, or that this
+    CPU lacks, is a ValueError here and in every op that would have used it.
+    """
+    return None if native_error else torch.ops.lmkernels.cpu_isa()
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend by name, with None where it is present on this machine and else the reason why it is not.
+
+    reference: plain torch. native: the compiled library. triton: Triton kernels, for CUDA tensors.
+    """
+    return {"reference": None, "native": _native_absence(), "triton": _triton_absence()}
+
+
+def _native_absence() -> str | None:
+    if native_error:
+        return native_error
+    try:
+        cpu_isa()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _triton_absence() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; torch's CUDA builds bring it"
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"

@@ -1,0 +1,210 @@
+"""The command line: lmkernels doctor | pretrain | generate | bench."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import types
+import typing
+from dataclasses import fields
+
+PRESETS = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 4096},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 8192},
+    "medium": {"n_layer": 8, "n_head": 8, "n_embd": 512, "block_size": 512, "vocab_size": 16384},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024, "vocab_size": 50257},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024, "vocab_size": 50257},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257},
+}
+BAD_INPUT = (ValueError, TypeError, NotImplementedError, FileNotFoundError, NotADirectoryError)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns 0, 1 (it failed), 2 (bad input) or 130 (Ctrl-C)."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BAD_INPUT as error:
+        return fail(error, 2)
+    except (OSError, FloatingPointError) as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def fail(error: Exception | str, code: int) -> int:
+    """Prints one line and returns the exit code."""
+    print(f"lmkernels: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="lmkernels", description="Fast GPT-class models in plain PyTorch.")
+    commands = top.add_subparsers(required=True, metavar="command")
+    add_doctor(commands)
+    add_pretrain(commands)
+    add_generate(commands)
+    add_bench(commands)
+    return top
+
+
+def add_command(commands, name: str, run, text: str, **options) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **options)
+    command.set_defaults(run=run)
+    return command
+
+
+def add_doctor(commands) -> None:
+    command = add_command(commands, "doctor", doctor, "show what this machine offers and what could be better")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def doctor(arguments) -> int:
+    from ._doctor import diagnosis, text
+
+    report = diagnosis()
+    print(json.dumps(report) if arguments.json else text(report))
+    return 0
+
+
+def add_pretrain(commands) -> None:
+    from .training import Settings
+
+    command = add_command(
+        commands,
+        "pretrain",
+        pretrain,
+        "train a GPT on text: tokenizer, tokens, model, checkpoints, log and loss plot",
+        epilog="Ctrl-C finishes the step and saves a checkpoint; --resume goes on exactly where a run stopped.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for all that the run leaves")
+    command.add_argument("--resume", action="store_true", default=False, help="go on from the last checkpoint in --out")
+    command.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end, no text")
+    command.add_argument("--preset", choices=PRESETS, default=None, help="sizes; a size given by itself overrides it")
+    limits = command.add_mutually_exclusive_group()
+    for field in fields(Settings):
+        kind, default = value_type(field.type), field.default
+        many = {"nargs": "+", "metavar": "PATH"} if field.name == "corpus" else {"metavar": kind.__name__.upper()}
+        shown = "" if field.name == "corpus" or default is None else f" (default {default})"
+        target = limits if field.name in ("steps", "minutes") else command
+        target.add_argument(option_name(field.name), type=kind, help=field.metadata["help"] + shown, **many)
+
+
+def option_name(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def value_type(annotation) -> type:
+    """int of `int`, of `int | None` and of `list[int]`."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0]
+    return annotation
+
+
+def pretrain(arguments) -> int:
+    from .training import Settings
+    from .training import pretrain as train
+
+    given = vars(arguments)
+    options = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
+    if arguments.preset is not None:
+        options = PRESETS[arguments.preset] | options
+    say = (lambda _: None) if arguments.json else print
+    try:
+        result = train(arguments.out, options, resume=arguments.resume, say=say)
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume goes on from a checkpoint if there is one, else start anew", 130)
+    if arguments.json:
+        print(json.dumps(result))
+    if not result["finished"]:
+        step, out = result["step"], arguments.out
+        return fail(f"stopped after step {step}; go on with: lmkernels pretrain --out {out} --resume", 130)
+    say(f"checkpoint: {result['checkpoint']}\nlog: {result['log']}\nplot: {result['plot']}")
+    return 0
+
+
+def add_generate(commands) -> None:
+    command = add_command(commands, "generate", generate, "write text with a trained model, as it comes")
+    command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or a folder of pretrain")
+    command.add_argument("--prompt", help="text to continue; default: standard input, or a fresh document")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 200, or what the context leaves")
+    command.add_argument("--temperature", type=float, metavar="T", help="default 1.0; lower is safer")
+    command.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default 50; 0: all)")
+    command.add_argument("--top-p", type=float, metavar="P", help="draw from the tokens that make up probability P")
+    command.add_argument("--greedy", action="store_true", help="take the most likely token each time")
+    command.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the prompt")
+    command.add_argument("--seed", type=int, help="makes the samples repeatable")
+    command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
+    command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    command.add_argument("--stats", action="store_true", help="report tokens per second on standard error")
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+
+
+def generate(arguments) -> int:
+    import torch
+
+    from .generation import TextStreamer
+    from .models import GPT2LMHeadModel
+    from .training.checkpoint import find, load_tokenizer
+
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if arguments.greedy and sampling:
+        raise ValueError(f"--greedy leaves nothing to draw from: drop it or {option_name(next(iter(sampling)))}")
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    folder = find(arguments.model)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=arguments.dtype)
+    tokenizer = load_tokenizer(folder)
+    prompt = read_prompt(arguments.prompt)
+    ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
+    stream = arguments.num_return_sequences == 1 and not arguments.json
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(200, model.config.n_positions - len(ids)))
+    start = time.perf_counter()
+    tokens = model.generate(
+        [ids],
+        max_new_tokens=max_new_tokens,
+        do_sample=not arguments.greedy,
+        num_return_sequences=arguments.num_return_sequences,
+        seed=arguments.seed,
+        streamer=TextStreamer(tokenizer, skip_prompt=False) if stream else None,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    count = tokens[:, len(ids) :].numel()
+    rate = round(count / seconds, 1)
+    completions = [tokenizer.decode(row[len(ids) :].tolist()) for row in tokens]
+    if arguments.json:
+        result = {"prompt": prompt, "completions": completions, "tokens": count, "seconds": round(seconds, 3)}
+        print(json.dumps(result | {"tokens_per_second": rate}))
+    elif not stream:
+        print("\n---\n".join(prompt + completion for completion in completions))
+    if arguments.stats:
+        print(f"{count} tokens in {seconds:.2f} s, {rate} tokens/s", file=sys.stderr)
+    return 0
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt on the command line, else standard input unless that is a terminal."""
+    if given is not None:
+        return given
+    return "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+
+
+def add_bench(commands) -> None:
+    command = add_command(commands, "bench", bench, "run python -m benchmarks of a checkout", add_help=False)
+    command.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def bench(arguments) -> int:
+    if importlib.util.find_spec("benchmarks") is None:
+        raise FileNotFoundError("the benchmarks are not installed: run this in a checkout of lmkernels")
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments.arguments]).returncode

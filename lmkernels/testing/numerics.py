@@ -1,0 +1,201 @@
+"""When is a result right? As accurate as plain torch in the same dtype, both measured against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.attention import attention
+from ..ops.attention.reference import visible_keys
+from ..ops.philox import attention_keep
+from .cases import AttentionInputs
+
+MAX_RATIO = 2.0
+# In 16 bits the roundings of the operands dominate, and they are the same for everyone. In float32 and float64 every
+# rounding of a score counts, and a softmax in base 2, or one of several tiles, has more of them.
+RMS_RATIO = {torch.bfloat16: 1.2, torch.float16: 1.2, torch.float32: 2.0, torch.float64: 2.0}
+
+
+def assert_as_accurate(
+    actual: Tensor, golden: Tensor, low_precision: Tensor, name: str = "result", *, dtype: torch.dtype | None = None,
+    samples: int | None = None,
+) -> None:
+    """`actual` is as close to `golden` as `low_precision` is.
+
+    actual: what is tested
+    golden: the same in float64, computed from the same (rounded) inputs
+    low_precision: plain torch's result in the dtype of the inputs, same shape
+    dtype: of the inputs, where it is not actual's
+    samples: how many independent errors the result holds, where that is fewer than its elements; the scores of one
+        query share a normaliser, for instance, and so its error.
+
+    With error(x) = x - golden and rounding as in `_rounding`, which nothing can avoid:
+        max|error(actual)|    <= 2 (c max|error(low_precision)| + max|rounding|)
+        rms(error(actual))^2  <= (r c rms(error(low_precision)))^2 + rms(rounding)^2,  r = RMS_RATIO[dtype]
+    The first catches one wrong element, the second a bias that a lucky maximum would hide. c = 1 + 4 / sqrt(samples)
+    allows for chance: four standard deviations of the ratio of two equally good results (1.07 for 3600 samples), as
+    thousands of results are checked. Infinities and NaN must be where golden has them.
+    """
+    if actual.shape != golden.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(golden.shape)}")
+    actual64, low64 = actual.detach().double(), low_precision.detach().double()
+    for what, has in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = has(actual64) != has(golden)
+        if wrong.any():
+            where = tuple(wrong.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name} ({actual.dtype}): {int(wrong.sum())} of {wrong.numel()} elements differ in being {what}, the "
+                f"first at {where}: got {actual64[where]:.8g}, expected {golden[where]:.8g}")
+    finite = golden.isfinite()
+    if not finite.any():
+        return
+    expected = golden[finite]
+    error, low_error = actual64[finite] - expected, low64[finite] - expected
+    dtype = dtype or actual.dtype
+    rounding = _rounding(expected, actual.dtype, dtype)
+
+    chance = 1 + 4 / math.sqrt(min(samples or math.inf, expected.numel()))
+    limit = MAX_RATIO * (chance * _max(low_error) + _max(rounding))
+    if _max(error) > limit:
+        where = tuple(finite.nonzero()[error.abs().argmax()].tolist())
+        raise AssertionError(
+            f"{name} ({actual.dtype}): largest error {_max(error):.3e}, allowed {limit:.3e}, at {where}: got "
+            f"{actual64[where]:.8g}, expected {golden[where]:.8g}; plain torch {_max(low_error):.3e}, rounding "
+            f"{_max(rounding):.3e}; {(error.abs() > limit).sum()} of {error.numel()} elements are beyond")
+    limit = math.hypot(RMS_RATIO[dtype] * chance * _rms(low_error), _rms(rounding))
+    if _rms(error) > limit:
+        raise AssertionError(
+            f"{name} ({actual.dtype}): root mean square error {_rms(error):.3e}, allowed {limit:.3e}; plain torch "
+            f"{_rms(low_error):.3e}, rounding {_rms(rounding):.3e}")
+
+
+def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> Tensor:
+    """The error of `golden` rounded to 16 bits; for float32 and float64 an ulp of golden.
+
+    There the inputs may be exact and the exact result too (a weight of one, say), but not a weight recomputed from lse.
+    Float32 results of 16-bit inputs (lse, gradients of float32 options) get 1/256 of the rounding that every input has
+    been through: the exponential of a kernel for 16 bits may be shorter.
+    """
+    if dtype != input_dtype:
+        return (golden.to(input_dtype).double() - golden) / 256
+    if dtype in (torch.float32, torch.float64):
+        return golden * torch.finfo(dtype).eps
+    return golden.to(dtype).double() - golden
+
+
+def _max(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def attention_results(function: Callable, inputs: AttentionInputs, **options) -> dict[str, Tensor]:
+    """out, lse and the gradient of everything that has one: q gives dq, bias gives dbias, and so on.
+
+    function: takes what `attention` takes with return_lse=True; `options` are added to the inputs' own.
+    """
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.differentiable().items()}
+    q, k, v = (leaves[name] for name in ("q", "k", "v"))
+    arguments = inputs.options | {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
+    out, lse = function(q, k, v, **arguments, return_lse=True, **options)
+    gradients = torch.autograd.grad((out, lse), leaves.values(), (inputs.dout, inputs.dlse))
+    return {"out": out.detach(), "lse": lse.detach()} | {
+        f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+
+
+def golden_attention(inputs: AttentionInputs) -> dict[str, Tensor]:
+    """The reference in float64, from the very values that the inputs hold."""
+    return attention_results(attention, inputs.to(torch.float64), backend="reference")
+
+
+def plain_attention_results(inputs: AttentionInputs) -> dict[str, Tensor]:
+    """What plain torch gives in the inputs' dtype, the yardstick of `assert_as_accurate`.
+
+    Nothing wider than float64 measures it, so there the yardstick is float32's error, scaled by the ratio of the two
+    roundings, 2^-29, and by sqrt(2) because the golden result errs as much, and put on the golden result.
+    """
+    if inputs.q.dtype != torch.float64:
+        return attention_results(plain_attention, inputs)
+    single = inputs.to(torch.float32)
+    plain, golden = attention_results(plain_attention, single), golden_attention(single)
+    return {name: torch.where(exact.isfinite(), exact + (plain[name] - golden[name]) * 2.0**-28.5, exact)
+            for name, exact in golden_attention(inputs).items()}
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal, window, scale, softcap, mask=None, bias=None, alibi_slopes=None,
+    sink=None, kv_lengths=None, dropout_p=0.0, seed=None, return_lse=True,
+) -> tuple[Tensor, Tensor]:
+    """Attention as a careful user writes it in eager torch, any float dtype; holds the scores.
+
+    The softmax is float32, as everywhere in the field; so are the scores, which eager code often rounds to 16 bits
+    between the matmul and the softmax. That would be a yardstick several times too generous: a fused kernel never
+    stores the scores.
+    """
+    acc = torch.promote_types(q.dtype, torch.float32)
+    b, s_q, h, d = q.shape
+    s_k = k.shape[1]
+    q, k, v = (x.transpose(1, 2).repeat_interleave(h // x.shape[2], 1) for x in (q, k, v))  # (b, h, s, d)
+    scores = q.to(acc) @ k.to(acc).transpose(2, 3) * (d ** -0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(s_q, device=q.device)[:, None] + s_k - s_q, torch.arange(s_k, device=q.device)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(acc).reshape(-1, h, 1, 1) * (i - j).abs()
+    if bias is not None:
+        scores = scores + bias.to(acc)
+    visible = scores != float("-inf")
+    if mask is not None:
+        visible = visible & mask
+    band = visible_keys(s_q, s_k, window[0], 0 if causal else window[1], s_k - s_q, q.device)
+    if band is not None:
+        visible = visible & band
+    if kv_lengths is not None:
+        visible = visible & (j < kv_lengths[:, None, None, None])
+    seen = visible.any(-1, keepdim=True)                                        # (b, h, s_q, 1)
+    # zeros in rows without a key: the softmax over nothing but -inf is NaN
+    scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~seen, 0.0)
+    factor = seen.to(acc)
+    if dropout_p > 0:
+        keep = attention_keep(torch.tensor(seed, device=q.device), b, h, s_q, s_k, dropout_p)
+        factor = factor * keep / (1 - dropout_p) if dropout_p < 1 else factor * 0.0
+    if sink is not None:
+        scores = torch.cat([scores, sink.to(acc).reshape(1, h, 1, 1).expand(b, h, s_q, 1)], -1)
+        v, factor = F.pad(v, (0, 0, 0, 1)), F.pad(factor.expand(b, h, s_q, s_k), (0, 1))
+    out, lse = _PlainSoftmaxMatmul.apply(scores, v, factor)
+    return out.transpose(1, 2), lse.masked_fill(~seen[..., 0], float("-inf"))
+
+
+class _PlainSoftmaxMatmul(torch.autograd.Function):
+    """(softmax(scores) * factor) @ v and the log-sum-exp, with the gradient of FlashAttention-2.
+
+    As on matrix units, the weights are rounded to v's dtype for the matmuls. As in every kernel whose memory is linear
+    in s, the backward takes the weights from lse and delta from out, both as rounded (Dao 2023, arXiv:2307.08691,
+    algorithm 2): autograd would have stored the weights, and so be more exact where lse is large, and where the
+    gradients of a row's scores sum to nothing (one key, a bias per query).
+    """
+
+    @staticmethod
+    def forward(ctx, scores, v, factor):
+        lse = torch.logsumexp(scores, -1)
+        weights = (torch.softmax(scores, -1) * factor).to(v.dtype).to(scores.dtype)
+        out = (weights @ v.to(scores.dtype)).to(v.dtype)
+        ctx.save_for_backward(scores, v, factor, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        scores, v, factor, out, lse = ctx.saved_tensors
+        acc = scores.dtype
+        p = torch.exp(scores - lse[..., None])
+        dout = dout.to(acc)
+        dv = (p * factor).to(v.dtype).to(acc).transpose(2, 3) @ dout
+        dp = dout @ v.to(acc).transpose(2, 3) * factor
+        delta = (dout * out.to(acc)).sum(-1)
+        return p * (dp + (dlse - delta)[..., None]), dv.to(v.dtype), None

@@ -1,0 +1,126 @@
+"""Checkpoints of a run: folders that hold all it takes to go on, or to generate."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from .._files import new_folder
+from ..models.checkpoint import save_tensors
+from .settings import Settings
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    step: optimizer steps done; windows: sequences read so far, the place in the data; seconds: training time.
+    """
+
+    step: int = 0
+    windows: int = 0
+    seconds: float = 0.0
+
+
+def save(folder: Path, model, tokenizer: Tokenizer, optimizer, progress: Progress, settings: Settings) -> Path:
+    """Writes folder/step-N as a whole, then removes older checkpoints but the newest settings.keep.
+
+    On failure nothing of the new one remains, and the older ones have not been touched.
+    """
+    target = folder / f"step-{progress.step:08d}"
+    if target.exists():
+        return target
+    try:
+        with new_folder(target) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save(str(temporary / "tokenizer.json"))
+            save_tensors(training_tensors(model, optimizer), temporary / "training.safetensors")
+            entries = {"progress": asdict(progress), "settings": asdict(settings)}
+            (temporary / "training.json").write_text(json.dumps(entries, indent=2) + "\n")
+    # tokenizers reports a failed write as a bare Exception
+    except Exception as error:
+        older = all_in(folder)
+        last = f"the last good one is {older[-1]}" if older else "there is none yet"
+        raise OSError(f"cannot save checkpoint {target}: {error}; {last}") from error
+    for old in all_in(folder)[: -settings.keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def all_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest one of a run's folder."""
+    path = Path(path)
+    if (path / "config.json").exists():
+        return path
+    if checkpoints := all_in(path / "checkpoints"):
+        return checkpoints[-1]
+    what = "holds no checkpoint" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(f"{str(path)!r} {what}: give a folder with config.json or one that pretrain has written")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a checkpoint."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    try:
+        return Tokenizer.from_str(file.read_text())
+    # tokenizers raises a bare Exception for a file it cannot read
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def training_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's moments under `<parameter>.<name>` and the state of torch's generators."""
+    tensors = {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if model.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(model.device)
+    return tensors
+
+
+def read_training(checkpoint: Path) -> tuple[Progress, Settings]:
+    """How far the checkpoint's run had come, and what it was told."""
+    file = checkpoint / "training.json"
+    try:
+        entries = json.loads(file.read_text())
+        return Progress(**entries["progress"]), Settings(**entries["settings"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{checkpoint} has no training.json: it can generate, but not be resumed") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def restore(checkpoint: Path, model, optimizer) -> None:
+    """Puts back the optimizer's moments and the state of torch's generators."""
+    file = checkpoint / "training.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged or missing: {error}") from None
+    rng = {name: tensors.pop(name) for name in ("rng.cpu", "rng.cuda") if name in tensors}
+    states = {name: {} for name, _ in model.named_parameters()}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(".")
+        states[name][entry] = value
+    for name, parameter in model.named_parameters():
+        moments = {key: value if key == "step" else value.to(parameter.device) for key, value in states[name].items()}
+        # fresh memory: a file's tensors are mapped at any address, and kernels differ in the last bit with alignment
+        optimizer.state[parameter] = {key: value.clone() for key, value in moments.items()}
+    torch.set_rng_state(rng["rng.cpu"])
+    if model.device.type == "cuda" and "rng.cuda" in rng:
+        torch.cuda.set_rng_state(rng["rng.cuda"], model.device)

@@ -1,0 +1,168 @@
+"""The training loop: AdamW steps, evaluations, checkpoints, and a log."""
+
+import math
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from . import checkpoint
+from .checkpoint import Progress
+from .interrupt import StopRequest
+from .report import Log, plot_losses
+from .settings import Settings, learning_rate
+from .tokens import Windows, held_back_batches
+
+
+def adamw(model, settings: Settings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) that decays matrices and leaves biases and norms alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+
+
+class Trainer:
+    """Trains `model` on `tokens` (n,) and keeps its files in the folder `out`.
+
+    The last eval_fraction of the tokens is held back. Everything that decides the next step is in the model,
+    the optimizer, torch's generator and `progress`; a checkpoint holds these four.
+    """
+
+    def __init__(self, model, tokenizer: Tokenizer, tokens: np.ndarray, settings: Settings, out: Path):
+        self.model, self.tokenizer, self.settings, self.out = model, tokenizer, settings, out
+        held_back = max(settings.block_size + 1, int(len(tokens) * settings.eval_fraction))
+        if len(tokens) - held_back < settings.block_size + 1:
+            raise ValueError(
+                f"corpus must have more than {2 * settings.block_size + 2} tokens for block_size "
+                f"{settings.block_size}, got {len(tokens)}"
+            )
+        self.windows = Windows(tokens[:-held_back], settings.block_size, settings.seed)
+        self.held_back = tokens[-held_back:]
+        self.optimizer = adamw(model, settings)
+        self.progress = Progress()
+
+    def restore(self, folder: Path) -> None:
+        """Takes up the run where the checkpoint `folder`, from which the model was loaded, left it."""
+        self.progress, _ = checkpoint.read_training(folder)
+        checkpoint.restore(folder, self.model, self.optimizer)
+
+    def run(self) -> dict:
+        """Trains to the end, or until Ctrl-C; saves a checkpoint in both cases. Returns the last figures."""
+        first = self.progress.step
+        last = {"loss": None, "eval_loss": None, "tokens_per_second": None}
+        with closing(Log(self.out / "log.jsonl", first)) as log, StopRequest() as stop, self.bar() as bar:
+            while not self.finished() and not stop.requested:
+                last |= self.timed_step()
+                log.write(step=self.progress.step, seconds=round(self.progress.seconds, 3), **last_step(last))
+                if self.progress.step % self.settings.eval_every == 0 or self.finished():
+                    last["eval_loss"] = self.evaluate()
+                    log.write(step=self.progress.step, eval_loss=last["eval_loss"])
+                    self.plot()
+                if self.progress.step % self.settings.save_every == 0:
+                    self.save()
+                self.show(bar, last)
+            folder = self.save()
+            self.plot()
+        return {
+            "finished": self.finished(),
+            "step": self.progress.step,
+            "steps_this_run": self.progress.step - first,
+            "loss": last["loss"],
+            "eval_loss": last["eval_loss"],
+            "tokens_per_second": last["tokens_per_second"],
+            "checkpoint": str(folder),
+        }
+
+    def finished(self) -> bool:
+        if self.settings.minutes is not None:
+            return self.progress.seconds >= 60 * self.settings.minutes
+        return self.progress.step >= self.settings.steps
+
+    def timed_step(self) -> dict:
+        start = time.perf_counter()
+        figures = self.step()
+        seconds = time.perf_counter() - start
+        self.progress.seconds += seconds
+        return figures | {"tokens_per_second": round(self.settings.tokens_per_step / seconds, 1)}
+
+    def step(self) -> dict:
+        """One optimizer step over grad_accum batches. Returns its loss, learning rate and gradient norm."""
+        settings, progress, device = self.settings, self.progress, self.model.device
+        self.model.train()
+        loss = torch.zeros((), device=device)
+        for _ in range(settings.grad_accum):
+            ids = self.windows.batch(progress.windows, settings.batch_size).to(device)  # (b, s + 1)
+            part = self.loss(ids) / settings.grad_accum
+            part.backward()
+            loss += part.detach()
+            progress.windows += settings.batch_size
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf)
+        loss, norm = loss.item(), norm.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(
+                f"training diverged at step {progress.step + 1}: loss {loss}, gradient norm {norm}; "
+                "a lower lr or a smaller clip may help, and the checkpoints are intact"
+            )
+        lr = learning_rate(settings, progress.step, progress.seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        return {"loss": loss, "lr": lr, "grad_norm": norm}
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of each token in ids (b, s + 1) but the first, given those before it."""
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
+            logits = self.model(ids[:, :-1], use_cache=False).logits  # (b, s, vocab)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross entropy over the same windows of the held-back tokens every time."""
+        settings = self.settings
+        self.model.eval()
+        total = count = 0
+        for ids in held_back_batches(self.held_back, settings.block_size, settings.batch_size, settings.eval_windows):
+            total += self.loss(ids.to(self.model.device)).item() * len(ids)
+            count += len(ids)
+        return total / count
+
+    def save(self) -> Path:
+        return checkpoint.save(
+            self.out / "checkpoints", self.model, self.tokenizer, self.optimizer, self.progress, self.settings
+        )
+
+    def plot(self) -> None:
+        title = f"GPT with {self.model.num_parameters() / 1e6:.1f} M parameters"
+        plot_losses(self.out / "log.jsonl", self.out / "loss.png", title)
+
+    def bar(self) -> tqdm:
+        """A bar over the steps, or over the seconds when time is what ends the run."""
+        if self.settings.minutes is None:
+            return tqdm(total=self.settings.steps, initial=self.progress.step, unit="step", dynamic_ncols=True)
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training, {remaining} left{postfix}"
+        seconds = self.progress.seconds
+        return tqdm(total=60 * self.settings.minutes, initial=seconds, bar_format=form, dynamic_ncols=True)
+
+    def show(self, bar: tqdm, last: dict) -> None:
+        figures = {"loss": f"{last['loss']:.3f}"}
+        if last["eval_loss"] is not None:
+            figures["eval"] = f"{last['eval_loss']:.3f}"
+        figures["tok/s"] = f"{last['tokens_per_second']:,.0f}"
+        bar.set_postfix(figures, refresh=False)
+        done = self.progress.step if self.settings.minutes is None else self.progress.seconds
+        bar.update(min(done, bar.total) - bar.n)
+
+
+def last_step(figures: dict) -> dict:
+    """The figures of one step, as the log keeps them."""
+    return {name: figures[name] for name in ("loss", "lr", "grad_norm", "tokens_per_second")}

@@ -1,0 +1,77 @@
+"""Choosing a backend: the named one runs or says why not, and nothing else happens silently."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lmkernels
+from lmkernels.ops import _dispatch
+
+
+def _backend(reason: str | None) -> SimpleNamespace:
+    return SimpleNamespace(unsupported=lambda *arguments: reason)
+
+
+FAST, SLOW, BROKEN = _backend(None), _backend(None), _backend("head sizes go up to 256, got 300")
+
+
+def test_none_takes_the_first_backend():
+    assert _dispatch.choose("op", {"fast": FAST, "slow": SLOW}, None) is FAST
+
+
+def test_none_passes_over_a_backend_that_objects():
+    assert _dispatch.choose("op", {"broken": BROKEN, "slow": SLOW}, None) is SLOW
+
+
+def test_a_named_backend_runs():
+    assert _dispatch.choose("op", {"fast": FAST, "slow": SLOW}, "slow") is SLOW
+
+
+def test_a_named_backend_that_objects_raises_its_reason_and_never_falls_back():
+    with pytest.raises(NotImplementedError, match="op: backend 'broken' cannot run this: head sizes go up to 256, got 300"):
+        _dispatch.choose("op", {"broken": BROKEN, "slow": SLOW}, "broken")
+
+
+def test_an_unknown_name_raises_the_known_ones():
+    with pytest.raises(ValueError, match="backend must be one of fast, slow or None, got 'quick'"):
+        _dispatch.choose("op", {"fast": FAST, "slow": SLOW}, "quick")
+
+
+def test_every_reason_is_told_when_no_backend_can():
+    with pytest.raises(NotImplementedError, match="op: no backend can run this; broken: head sizes go .* 300; gone: no file"):
+        _dispatch.choose("op", {"broken": BROKEN, "gone": _backend("no file")}, None)
+
+
+def test_the_arguments_reach_the_backend():
+    seen = []
+    backend = SimpleNamespace(unsupported=lambda *arguments: seen.append(arguments))
+    _dispatch.choose("op", {"fast": backend}, None, 1, "two")
+    assert seen == [(1, "two")]
+
+
+def test_backends_says_what_is_present_and_why_not():
+    backends = lmkernels.backends()
+    assert list(backends) == ["reference", "native", "triton"]
+    assert backends["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in backends.values())
+
+
+def test_a_named_native_backend_runs_or_raises_the_reason_that_backends_tells():
+    q = torch.zeros(1, 2, 1, 4)
+    reason = lmkernels.backends()["native"]
+    if reason is None:
+        assert lmkernels.attention(q, q, q, backend="native").shape == q.shape
+    else:
+        with pytest.raises(NotImplementedError) as error:
+            lmkernels.attention(q, q, q, backend="native")
+        assert reason in str(error.value)
+
+
+def test_a_head_size_that_native_lacks_is_refused_by_name_and_run_by_the_reference_otherwise(native):
+    q = torch.randn(1, 2, 1, 300)
+    with pytest.raises(NotImplementedError, match="head sizes go up to 256, got 300 and 300"):
+        lmkernels.attention(q, q, q, backend=native)
+    torch.testing.assert_close(lmkernels.attention(q, q, q), lmkernels.attention(q, q, q, backend="reference"))
