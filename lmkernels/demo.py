@@ -15,20 +15,20 @@ import torch
 from . import _library, cli
 
 OPTIONS = {
-    "vocab_size": 4096,
-    "n_layer": 4,
+    "vocab_size": 2048,
+    "n_layer": 3,
     "n_head": 4,
     "n_embd": 256,
-    "block_size": 256,
+    "block_size": 128,
     "batch_size": 4,
-    "lr": 3e-3,
-    "min_lr": 1e-4,
-    "warmup": 30,
-    "eval_every": 50,
-    "eval_windows": 24,
-    "save_every": 200,
+    "lr": 1.5e-3,
+    "warmup": 50,
+    "eval_every": 100,
+    "eval_windows": 64,
+    "save_every": 500,
 }
-PROMPTS = ('class Stack:\n    """', "import os\nimport sys\n\ndef main(")
+PROMPTS = ('class Stack:
+    """', "    def __init__(self, ")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for prompt in PROMPTS:
         heading("What it writes (lmkernels generate)")
-        write = ["--max-new-tokens", "120", "--temperature", "0.7", "--seed", "1", "--stats"]
+        write = ["--max-new-tokens", "100", "--temperature", "0.7", "--seed", "1", "--stats"]
         if code := cli.main(["generate", "--model", str(run), "--prompt", prompt, *write]):
             return code
 
@@ -83,14 +83,19 @@ def comparison() -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of a comparison as aligned text, rates in tokens per second."""
-    lines = [("tokens/s", "lmkernels", "plain torch", "ratio")]
-    lines += [
-        (row["name"], f"{row['ours']:,.0f}", f"{row['plain torch']:,.0f}", f"{row['ratio']:.2f}x") for row in rows
-    ]
+    """Rows of a comparison as aligned text."""
+    lines = [("", "lmkernels", "plain torch", "", "ratio")]
+    for row in rows:
+        if "error" in row:
+            lines.append((row["name"], "", "", "", row["error"]))
+            continue
+        ours, plain = f"{row['ours']:,.0f}", f"{row['plain torch']:,.0f}"
+        lines.append((row["name"], ours, plain, row["unit"], f"{row['ratio']:.2f}x"))
     width = max(len(line[0]) for line in lines)
-    text = [f"{name:<{width}}  {ours:>10}  {plain:>12}  {ratio:>7}" for name, ours, plain, ratio in lines]
-    return "\n".join([*text, f"({rows[0]['model']}; {torch.get_num_threads()} threads, medians of interleaved runs)"])
+    text = [
+        f"{name:<{width}}  {ours:>10}  {plain:>11}  {unit:<8}  {ratio:>6}" for name, ours, plain, unit, ratio in lines
+    ]
+    return "\n".join([*text, f"({torch.get_num_threads()} threads; medians of interleaved runs; more is better)"])
 
 
 if __name__ == "__main__":

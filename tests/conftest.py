@@ -6,10 +6,10 @@ from pathlib import Path
 # Threads that wait must not spin: the shapes of tests are small, and on a busy machine spinning takes ten times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import lmkernels  # noqa: E402
+import lmkernels
 
 BACKENDS = ("reference", "native")
 

@@ -31,7 +31,9 @@ def test_a_named_backend_runs():
 
 
 def test_a_named_backend_that_objects_raises_its_reason_and_never_falls_back():
-    with pytest.raises(NotImplementedError, match="op: backend 'broken' cannot run this: head sizes go up to 256, got 300"):
+    with pytest.raises(
+        NotImplementedError, match="op: backend 'broken' cannot run this: head sizes go up to 256, got 300"
+    ):
         _dispatch.choose("op", {"broken": BROKEN, "slow": SLOW}, "broken")
 
 
@@ -41,7 +43,9 @@ def test_an_unknown_name_raises_the_known_ones():
 
 
 def test_every_reason_is_told_when_no_backend_can():
-    with pytest.raises(NotImplementedError, match="op: no backend can run this; broken: head sizes go .* 300; gone: no file"):
+    with pytest.raises(
+        NotImplementedError, match="op: no backend can run this; broken: head sizes go .* 300; gone: no file"
+    ):
         _dispatch.choose("op", {"broken": BROKEN, "gone": _backend("no file")}, None)
 
 

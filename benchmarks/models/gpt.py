@@ -3,19 +3,21 @@
 Both hold the same weights and do the same mathematics in one process, turn by turn; a rate is the median of its turns.
 """
 
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
+from benchmarks import harness
+from lmkernels import attention
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 
 DEMO = GPT2Config(vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=4)
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PlainBlock(nn.Module):
@@ -82,26 +84,81 @@ class PlainGPT(nn.Module):
         return ids
 
 
-def run(args) -> list[dict]:
+def run(options: harness.Options) -> list[dict]:
     """The table of `python -m benchmarks gpt`: GPT-2 with 124 M parameters."""
-    config = GPT2Config.from_name("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    rows = [training(config, b=4, s=256, dtype=dtype, seconds=30.0) for dtype in DTYPES]
-    return rows + [
-        decoding(config, b=b, prompt=32, n=32, dtype=dtype, seconds=20.0) for dtype in DTYPES for b in (1, 8)
-    ]
+    config = GPT2Config.from_name("gpt2")
+    return measured(
+        [
+            line
+            for dtype in options.dtypes
+            for line in (
+                (training, {"config": config, "b": 4, "s": 256, "dtype": dtype}),
+                (decoding, {"config": config, "b": 1, "prompt": 32, "n": 32, "dtype": dtype}),
+                (decoding, {"config": config, "b": 8, "prompt": 32, "n": 32, "dtype": dtype}),
+            )
+            if options.cases in title(*line)
+        ],
+        options.seconds,
+    )
 
 
-def compare(step_seconds_budget: float = 4.0) -> list[dict]:
-    """A quick table for a small GPT; each of its rows measures for about so many seconds."""
-    rows = [training(DEMO, b=8, s=256, dtype=dtype, seconds=step_seconds_budget) for dtype in DTYPES]
-    return rows + [
-        decoding(DEMO, b=b, prompt=64, n=128, dtype=torch.float32, seconds=step_seconds_budget) for b in (1, 8)
-    ]
+def compare(step_seconds_budget: float = 3.0) -> list[dict]:
+    """A quick table for attention and a small GPT; each row measures for about so many seconds."""
+    lines = [(attending, {"b": 1, "h": 8, "s": 1024, "d": 64, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    lines += [(training, {"config": DEMO, "b": 4, "s": 256, "dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    lines += [(decoding, {"config": DEMO, "b": b, "prompt": 64, "n": 64, "dtype": "float32"}) for b in (1, 8)]
+    return measured(lines, step_seconds_budget)
 
 
-def training(config: GPT2Config, *, b: int, s: int, dtype: torch.dtype, seconds: float) -> dict:
-    """Tokens per second of forward, backward and AdamW; bfloat16 runs under autocast."""
-    ours = build(config).train()
+def title(function: Callable, shape: dict) -> str:
+    """A line's name: what is measured, and the shape it is measured at."""
+    what = {attending: "attention forward+backward", training: "training step", decoding: "greedy decoding"}[function]
+    sizes = " ".join(f"{name} {value}" for name, value in shape.items() if isinstance(value, int))
+    config = shape.get("config")
+    model = f", {config.n_layer} layers, width {config.n_embd}" if config else ""
+    return f"{what}, {shape['dtype']}, {sizes}{model}"
+
+
+def measured(lines: list[tuple[Callable, dict]], seconds: float) -> list[dict]:
+    """Runs each line: its function makes both competitors, the work of one call and a complaint if they disagree."""
+    rows = []
+    for function, shape in tqdm(lines, unit="case", file=sys.stderr, leave=False):
+        torch.manual_seed(0)
+        competitors, work, unit, error = function(**shape)
+        row = {"name": title(function, shape)}
+        # no time is given for a wrong result
+        if error:
+            rows.append(row | {"error": error})
+            continue
+        timings = harness.interleaved(competitors, seconds, least=3)
+        ours, plain = timings["ours"].median, timings["plain torch"].median
+        row |= {"unit": unit, "ours": round(work / ours, 1), "plain torch": round(work / plain, 1)}
+        rows.append(row | {"ratio": round(plain / ours, 2)})
+    return rows
+
+
+def attending(*, b: int, h: int, s: int, d: int, dtype: str) -> tuple:
+    """Causal attention against SDPA, forward and backward, in GFLOP/s."""
+    q, k, v = (torch.randn(b, s, h, d, dtype=harness.DTYPES[dtype], requires_grad=True) for _ in range(3))
+    dout = torch.randn_like(q)
+
+    def ours():
+        out = attention(q, k, v, causal=True)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    def plain():
+        transposed = (x.transpose(1, 2) for x in (q, k, v))  # (b, h, s, d)
+        out = F.scaled_dot_product_attention(*transposed, is_causal=True).transpose(1, 2)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    error = disagreement(ours(), plain(), dtype)
+    # seven matrix products over the lower half of the score matrix, two of them forward
+    return {"ours": ours, "plain torch": plain}, 7 * b * h * s * s * d / 1e9, "GFLOP/s", error
+
+
+def training(*, config: GPT2Config, b: int, s: int, dtype: str) -> tuple:
+    """Forward, backward and AdamW, in tokens per second; bfloat16 runs under autocast."""
+    ours = without_dropout(config).train()
     plain = PlainGPT(ours)
     ids = torch.randint(config.vocab_size, (b, s + 1))
 
@@ -110,85 +167,46 @@ def training(config: GPT2Config, *, b: int, s: int, dtype: torch.dtype, seconds:
 
         def step():
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext():
                 y = logits(ids[:, :-1])
             loss = F.cross_entropy(y.flatten(0, 1).float(), ids[:, 1:].flatten())
             loss.backward()
             optimizer.step()
-            return loss.item()
+            return loss.detach()
 
         return step
 
     ours_step = stepper(ours, lambda x: ours(x, use_cache=False).logits)
     plain_step = stepper(plain, lambda x: plain(x)[0])
-    # the steps also compare gradients: the losses after the first differ when these do
-    agree("loss", [ours_step() for _ in range(3)], [plain_step() for _ in range(3)], dtype)
-    name = f"training step, {short(dtype)}, b {b} s {s}"
-    return row(name, config, b * s, *medians(ours_step, plain_step, seconds))
+    # losses after the first step differ when the gradients do
+    error = disagreement([ours_step() for _ in range(3)], [plain_step() for _ in range(3)], dtype)
+    return {"ours": ours_step, "plain torch": plain_step}, b * s, "tokens/s", error
 
 
-def decoding(config: GPT2Config, *, b: int, prompt: int, n: int, dtype: torch.dtype, seconds: float) -> dict:
-    """Tokens per second of greedy decoding, reading the prompt included."""
-    ours = build(config).to(dtype).eval()
-    plain = PlainGPT(ours).to(dtype)
+def decoding(*, config: GPT2Config, b: int, prompt: int, n: int, dtype: str) -> tuple:
+    """Greedy decoding, reading the prompt included, in new tokens per second."""
+    ours = without_dropout(config).to(harness.DTYPES[dtype]).eval()
+    plain = PlainGPT(ours).to(harness.DTYPES[dtype])
     ids = torch.randint(config.vocab_size, (b, prompt))
     with torch.no_grad():
-        agree("logits", ours(ids).logits.float().flatten(), plain(ids)[0].float().flatten(), dtype)
-
-    def ours_run():
-        return ours.generate(ids, max_new_tokens=n, eos_token_id=[])
-
-    def plain_run():
-        return plain.generate(ids, n)
-
-    name = f"decoding, {short(dtype)}, b {b}, {prompt} + {n} tokens"
-    return row(name, config, b * n, *medians(ours_run, plain_run, seconds))
-
-
-def build(config: GPT2Config) -> GPT2LMHeadModel:
-    """A model without dropout, the same one each time."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(config)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attn_pdrop"):
-            module.attn_pdrop = 0.0
-    return model
-
-
-def agree(name: str, ours, plain, dtype: torch.dtype) -> None:
-    """Raises unless both computed the same: no time is given for a wrong result."""
-    ours, plain = torch.as_tensor(ours), torch.as_tensor(plain)
-    error = ((ours - plain).norm() / plain.norm()).item()
-    limit = 1e-4 if dtype == torch.float32 else 3e-2
-    if not error < limit:
-        raise AssertionError(f"{name} must agree with plain torch within {limit}, got a relative error of {error:.1e}")
-
-
-def medians(ours: Callable, plain: Callable, seconds: float) -> tuple[float, float]:
-    """Median seconds of both, run in turn for about `seconds` and at least three times each."""
-    times = ([], [])
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 3 or time.perf_counter() < end:
-        for function, kept in zip((ours, plain), times):
-            start = time.perf_counter()
-            function()
-            kept.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
-def row(name: str, config: GPT2Config, tokens: int, ours: float, plain: float) -> dict:
-    shape = f"{config.n_layer} layers, width {config.n_embd}, vocabulary {config.vocab_size}"
-    return {
-        "name": name,
-        "model": shape,
-        "unit": "tokens/s",
-        "ours": round(tokens / ours, 1),
-        "plain torch": round(tokens / plain, 1),
-        "ratio": round(plain / ours, 2),
+        error = disagreement([ours(ids).logits], [plain(ids)[0]], dtype)
+    competitors = {
+        "ours": lambda: ours.generate(ids, max_new_tokens=n, eos_token_id=[]),
+        "plain torch": lambda: plain.generate(ids, n),
     }
+    return competitors, b * n, "tokens/s", error
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def without_dropout(config: GPT2Config) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(replace(config, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+def disagreement(ours, plain, dtype: str) -> str | None:
+    """What is wrong when the tensors of both differ by more than rounding, else None."""
+    limit = 1e-4 if dtype == "float32" else 3e-2
+    for i, (x, y) in enumerate(zip(ours, plain)):
+        x, y = x.detach().double(), y.detach().double()
+        error = ((x - y).norm() / y.norm()).item()
+        if not error < limit:
+            return f"result {i} differs from plain torch's by {error:.1e}, more than {limit}"
+    return None

@@ -7,6 +7,8 @@
 
 namespace lmk {
 
+constexpr int64_t kFewRows = 8;  // the split path takes up to this many rows per key head
+
 // One tensor indexed (batch, seq, head, :) with a contiguous last axis; strides in elements.
 struct Heads {
   const void* data;

@@ -190,7 +190,7 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
   using T = typename M::Acc;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
-  for (int64_t r = 0; r < n; ++r) rows[r] = row_of(a, head, first_row + r);
+  rows_of(a, head, first_row, n, rows);
   const Span all = visible_span<M>(rows, n, j0, round_up(block, kLanes));
   if (all.empty()) return;
   grad_rows<M>(a, head, w, rows, n);
@@ -266,8 +266,9 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
   T* dsink = a.dsink_partial && chunk == 0
                  ? static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
+  Row row;
   for (int64_t r = 0; r < head.rows; ++r) {
-    const Row row = row_of(a, head, r);
+    rows_of(a, head, r, 1, &row);
     w.lse[r] = lse2_of<T>(a, head.b, row);
     w.delta[r] = delta_of<T>(a, head.b, row);
     if (dsink) {
@@ -302,13 +303,14 @@ void bwd_finish(const AttentionArgs& a, int64_t task) {
   const int64_t wide = round_up(a.head_dim, M::V::kLanes), step = head.rows * wide;
   const T* partial = static_cast<const T*>(a.dq_partial) + task * a.chunks * step;
   T sum[256];
+  Row row;
   for (int64_t r = 0; r < head.rows; ++r) {
     const T* x = partial + r * wide;
     for (int64_t c = 0; c < a.head_dim; ++c) sum[c] = x[c];
     for (int64_t chunk = 1; chunk < a.chunks; ++chunk)
       for (int64_t c = 0; c < a.head_dim; ++c) sum[c] += x[chunk * step + c];
     for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
-    const Row row = row_of(a, head, r);
+    rows_of(a, head, r, 1, &row);
     const int64_t at_q = ((head.b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim;
     store_row(a.dtype, sum, a.head_dim, static_cast<char*>(a.dq) + at_q * element_size(a.dtype));
   }
@@ -364,8 +366,8 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
         for (int64_t i0 = i_begin; i0 < i_end; i0 += kBwdRows) {
           const int64_t n = i_end - i0 < kBwdRows ? i_end - i0 : kBwdRows;
           T lse[kBwdRows], delta[kBwdRows];
+          rows_of(a, head, head_row + i0, n, rows);
           for (int64_t r = 0; r < n; ++r) {
-            rows[r] = row_of(a, head, head_row + i0 + r);
             lse[r] = lse2_of<T>(a, head.b, rows[r]);
             delta[r] = delta_of<T>(a, head.b, rows[r]);
           }

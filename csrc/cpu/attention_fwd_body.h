@@ -79,25 +79,28 @@ T exp2_one(T x) {
   return lanes[0];
 }
 
-// 1 / l with the sink in l, and the log-sum-exp; m is in powers of two. A row that saw nothing gives 0 and -inf.
+// Closes the softmax of n rows from their running maxima m (in powers of two) and sums l: writes the log-sum-exp with
+// the sink in it, and to inverse what the rows' accumulators are multiplied by. A row that saw nothing gets -inf and 0.
 template <class T>
-T finish_row(const AttentionArgs& a, int64_t b, const Row& row, T m, T l) {
+void finish_rows(const AttentionArgs& a, int64_t b, const Row* rows, int64_t n, const T* m, const T* l, T* inverse) {
   const T inf = std::numeric_limits<T>::infinity();
-  T inverse = 0, lse = -inf;
-  if (m != -inf) {
-    T scale = 1;
-    if (a.sink) {
-      const T sink = reinterpret_cast<const T*>(a.sink)[row.h] * T(kLog2e);
-      const T top = sink > m ? sink : m;
-      scale = exp2_one(m - top);
-      l = l * scale + exp2_one(sink - top);
-      m = top;
+  T top[kRowVecs], sum[kRowVecs], log[kRowVecs];
+  for (int64_t r = 0; r < n; ++r) {
+    const bool seen = m[r] != -inf;
+    top[r] = m[r];
+    sum[r] = seen ? l[r] : T(1);
+    T scale = seen ? T(1) : T(0);
+    if (a.sink && seen) {
+      const T sink = reinterpret_cast<const T*>(a.sink)[rows[r].h] * T(kLog2e);
+      top[r] = sink > m[r] ? sink : m[r];
+      scale = exp2_one(m[r] - top[r]);
+      sum[r] = l[r] * scale + exp2_one(sink - top[r]);
     }
-    inverse = scale / l;
-    lse = m * T(kLn2) + std::log(l);
+    inverse[r] = scale / sum[r];
   }
-  static_cast<T*>(a.lse)[(b * a.heads + row.h) * a.seq_q + row.i] = lse;
-  return inverse;
+  log_row(sum, n, log);
+  for (int64_t r = 0; r < n; ++r)
+    static_cast<T*>(a.lse)[(b * a.heads + rows[r].h) * a.seq_q + rows[r].i] = top[r] * T(kLn2) + log[r];
 }
 
 template <class T>
@@ -125,7 +128,7 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   using T = typename M::Acc;
   constexpr int64_t kPanel = panel_of<M>();
   Row rows[kFwdRows];
-  for (int64_t r = 0; r < n; ++r) rows[r] = row_of(a, head, first_row + r0 + r);
+  rows_of(a, head, first_row + r0, n, rows);
   const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
   if (span.empty()) return;
   const int64_t width = span.end - span.begin;
@@ -166,16 +169,20 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
   const FwdScratch<M> w(a, scratch);
 
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
-  for (int64_t r = 0; r < n; ++r) {
-    const Row row = row_of(a, head, first_row + r);
-    const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
-    pack_rows<M>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
-    w.m[r] = -std::numeric_limits<T>::infinity();
-    w.l[r] = 0;
-    if (row.lo < row.hi) {
-      lo = row.lo < lo ? row.lo : lo;
-      hi = row.hi > hi ? row.hi : hi;
+  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
+    const int64_t count = n - r0 < kFwdRows ? n - r0 : kFwdRows;
+    Row group[kFwdRows];
+    const void* queries[kFwdRows];
+    rows_of(a, head, first_row + r0, count, group);
+    for (int64_t r = 0; r < count; ++r) {
+      queries[r] = at(a.dtype, a.q, head.b, group[r].i, group[r].h);
+      w.m[r0 + r] = -std::numeric_limits<T>::infinity();
+      w.l[r0 + r] = 0;
+      if (group[r].lo >= group[r].hi) continue;
+      lo = group[r].lo < lo ? group[r].lo : lo;
+      hi = group[r].hi > hi ? group[r].hi : hi;
     }
+    pack_rows<M>(a.dtype, queries, count, a.head_dim, w.q + r0 * w.q_ld, w.q_ld);
   }
   for (int64_t i = 0; i < n * w.o_ld; ++i) w.o[i] = 0;
 
@@ -193,9 +200,14 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
       fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows ? n - r0 : kFwdRows, j0, block);
   }
 
-  for (int64_t r = 0; r < n; ++r) {
-    const Row row = row_of(a, head, first_row + r);
-    store_out(a, head.b, row, w.o + r * w.o_ld, w.o_ld, finish_row(a, head.b, row, w.m[r], w.l[r]));
+  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
+    const int64_t count = n - r0 < kFwdRows ? n - r0 : kFwdRows;
+    Row group[kFwdRows];
+    T inverse[kFwdRows];
+    rows_of(a, head, first_row + r0, count, group);
+    finish_rows(a, head.b, group, count, w.m + r0, w.l + r0, inverse);
+    for (int64_t r = 0; r < count; ++r)
+      store_out(a, head.b, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
   }
 }
 
@@ -254,8 +266,10 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
   const KeyHead head = key_head(a, task / splits);
   const SplitState<T> state(a, head, task);
   const SplitScratch<T> w(a, scratch);
+  Row rows[kFewRows];
+  rows_of(a, head, 0, head.rows, rows);
   for (int64_t r = 0; r < head.rows; ++r) {
-    const Row row = row_of(a, head, r);
+    const Row& row = rows[r];
     const void* q = at(a.dtype, a.q, head.b, row.i, row.h);
     pack_rows<MathFma<T>>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
     state.m[r] = -std::numeric_limits<T>::infinity();
@@ -277,7 +291,7 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
       }
     }
     for (int64_t r = 0; r < head.rows; ++r) {
-      const Row row = row_of(a, head, r);
+      const Row& row = rows[r];
       T* s = w.s + r * kSplitKeys;
       for (int64_t j = n; j < padded; ++j) s[j] = 0;
       finish_scores<T>(a, head.b, row, j0, padded, s, nullptr);
@@ -307,6 +321,8 @@ void split_finish(const AttentionArgs& a, int64_t task) {
   const int64_t splits = (a.seq_k + a.keys_per_split - 1) / a.keys_per_split;
   const KeyHead head = key_head(a, task);
   const SplitState<T> first(a, head, task * splits);
+  Row rows[kFewRows];
+  rows_of(a, head, 0, head.rows, rows);
   for (int64_t r = 0; r < head.rows; ++r) {
     T m = first.m[r], l = first.l[r];
     T* o = first.o + r * first.o_ld;
@@ -320,8 +336,9 @@ void split_finish(const AttentionArgs& a, int64_t task) {
         o[c] = o[c] * old_scale + next.o[r * first.o_ld + c] * new_scale;
       m = top;
     }
-    const Row row = row_of(a, head, r);
-    store_out(a, head.b, row, o, first.o_ld, finish_row(a, head.b, row, m, l));
+    T inverse;
+    finish_rows(a, head.b, rows + r, 1, &m, &l, &inverse);
+    store_out(a, head.b, rows[r], o, first.o_ld, inverse);
   }
 }
 

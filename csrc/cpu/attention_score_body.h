@@ -52,25 +52,30 @@ inline KeyHead key_head(const AttentionArgs& a, int64_t index) {
   return h;
 }
 
-inline Row row_of(const AttentionArgs& a, const KeyHead& head, int64_t r) {
-  Row row;
-  row.h = head.hk * head.group + r / a.seq_q;
-  row.i = r % a.seq_q;
-  row.lo = 0;
-  row.hi = head.keys;
-  const int64_t diagonal = row.i + a.offset;
-  if (a.left >= 0 && diagonal - a.left > 0) row.lo = diagonal - a.left;
-  if (a.right >= 0 && diagonal + a.right + 1 < row.hi) row.hi = diagonal + a.right + 1;
-  return row;
+// Rows first .. first + n of a key head.
+inline void rows_of(const AttentionArgs& a, const KeyHead& head, int64_t first, int64_t n, Row* rows) {
+  int64_t h = head.hk * head.group + first / a.seq_q, i = first % a.seq_q;
+  for (int64_t r = 0; r < n; ++r, ++i) {
+    if (i == a.seq_q) i = 0, ++h;
+    Row& row = rows[r];
+    row.h = h;
+    row.i = i;
+    row.lo = 0;
+    row.hi = head.keys;
+    const int64_t diagonal = i + a.offset;
+    if (a.left >= 0 && diagonal - a.left > 0) row.lo = diagonal - a.left;
+    if (a.right >= 0 && diagonal + a.right + 1 < row.hi) row.hi = diagonal + a.right + 1;
+  }
 }
 
 inline const void* at(DType dtype, const Heads& x, int64_t b, int64_t s, int64_t h) {
   return static_cast<const char*>(x.data) + (b * x.batch + s * x.seq + h * x.head) * element_size(dtype);
 }
 
-// Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent.
+// Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent, where
+// it must be normal in float: 0 times the -inf of a hidden key would be NaN.
 inline bool has_features(const AttentionArgs& a) {
-  return a.softcap > 0 || a.slopes || a.bias.data || a.mask.data || !(a.scale > 0);
+  return a.softcap > 0 || a.slopes || a.bias.data || a.mask.data || !(a.scale > 1e-30);
 }
 
 // What a stored score is multiplied by to become a power of two.

@@ -166,11 +166,10 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
   const int64_t rows = a.heads / a.heads_kv * a.seq_q, key_heads = a.batch * a.heads_kv;
   const double flops = attention_flops(a);
-  constexpr int64_t kFewRows = 8;
-  if (rows <= kFewRows) {
-    // shares of the keys depend on the shape alone, and so do the results
+  if (rows <= lmk::kFewRows) {
+    // shares of the keys, and with them the results, depend on the shape of one sequence alone
     constexpr int64_t kShares = 128, kUnit = 64, kAtLeast = 256;
-    a.keys_per_split = std::max(kAtLeast, (a.seq_k * key_heads / kShares + kUnit - 1) / kUnit * kUnit);
+    a.keys_per_split = std::max(kAtLeast, (a.seq_k * a.heads_kv / kShares + kUnit - 1) / kUnit * kUnit);
     const int64_t splits = std::max<int64_t>(1, (a.seq_k + a.keys_per_split - 1) / a.keys_per_split);
     const int64_t state = rows * (2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes);
     Tensor partial = torch::stable::new_empty(q, {key_heads * splits * state}, accumulator(q));
@@ -200,9 +199,11 @@ int64_t backward_chunks(const lmk::AttentionArgs& a, const lmk::AttentionKernels
   constexpr int64_t kMost = 16, kTasksPerThread = 4, kDeterministicTasks = 16;
   const int64_t key_heads = a.batch * a.heads_kv, threads = torch::stable::get_num_threads();
   const int64_t blocks = (a.seq_k + kernels.key_block - 1) / kernels.key_block;
-  const int64_t tasks = deterministic ? kDeterministicTasks : threads == 1 ? 1 : kTasksPerThread * threads;
   if (!deterministic && key_heads % threads == 0) return 1;
-  return std::clamp<int64_t>((tasks + key_heads - 1) / key_heads, 1, std::min(kMost, std::max<int64_t>(1, blocks)));
+  // deterministic: from the shape of one sequence alone
+  const int64_t share = deterministic ? a.heads_kv : key_heads;
+  const int64_t tasks = deterministic ? kDeterministicTasks : kTasksPerThread * threads;
+  return std::clamp<int64_t>((tasks + share - 1) / share, 1, std::min(kMost, blocks));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -228,32 +229,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dq = torch::stable::new_empty(q, {a.batch, a.seq_q, a.heads, a.head_dim});
   Tensor dk = torch::stable::new_empty(k, {a.batch, a.seq_k, a.heads_kv, a.head_dim});
   Tensor dv = torch::stable::new_empty(v, {a.batch, a.seq_k, a.heads_kv, a.head_dim_v});
-  Tensor none = torch::stable::new_empty(q, {0});
-  Tensor dbias = need_dbias && bias ? torch::stable::new_zeros(*bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)}) : none;
+  need_dbias &= bias.has_value(), need_dslopes &= alibi_slopes.has_value(), need_dsink &= sink.has_value();
+  Tensor dbias = need_dbias ? torch::stable::new_empty(
+                                  *bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)})
+                            : torch::stable::new_empty(q, {0});
   const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
   const int64_t key_heads = a.batch * a.heads_kv, group = a.heads_kv ? a.heads / a.heads_kv : 0;
   if (lse.numel() == 0 || k.numel() == 0) {
-    torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
-    auto zeros_like = [](const Tensor& x) {
-      Tensor zeros = torch::stable::empty_like(x);
-      return torch::stable::zero_(zeros);
-    };
-    return {dq, dk, dv, dbias, need_dslopes ? zeros_like(*alibi_slopes) : none, need_dsink ? zeros_like(*sink) : none};
+    Tensor dslopes = need_dslopes ? torch::stable::empty_like(*alibi_slopes) : torch::stable::new_empty(q, {0});
+    Tensor dsink = need_dsink ? torch::stable::empty_like(*sink) : torch::stable::new_empty(q, {0});
+    for (Tensor* x : {&dq, &dk, &dv, &dbias, &dslopes, &dsink}) torch::stable::zero_(*x);
+    return {dq, dk, dv, dbias, dslopes, dsink};
   }
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
   a.chunks = backward_chunks(a, kernels, deterministic);
   const int64_t wide = (a.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   Tensor dq_partial = torch::stable::new_empty(q, {key_heads * a.chunks * group * a.seq_q * wide}, acc);
   a.dq_partial = dq_partial.mutable_data_ptr();
-  Tensor dslopes = none, dsink = none;
-  if (need_dslopes) {
-    dslopes = torch::stable::new_empty(q, {a.batch, a.heads_kv, a.chunks, group}, acc);
-    a.dslopes_partial = dslopes.mutable_data_ptr();
-  }
-  if (need_dsink) {
-    dsink = torch::stable::new_empty(q, {a.batch, a.heads}, acc);
-    a.dsink_partial = dsink.mutable_data_ptr();
-  }
+  Tensor dslopes = need_dslopes ? torch::stable::new_empty(q, {a.batch, a.heads_kv, a.chunks, group}, acc)
+                                : torch::stable::new_empty(q, {0});
+  Tensor dsink = need_dsink ? torch::stable::new_empty(q, {a.batch, a.heads}, acc) : torch::stable::new_empty(q, {0});
+  a.dslopes_partial = need_dslopes ? dslopes.mutable_data_ptr() : nullptr;
+  a.dsink_partial = need_dsink ? dsink.mutable_data_ptr() : nullptr;
   const double flops = 2.5 * attention_flops(a);
   run_tasks(key_heads * a.chunks, kernels.bwd_scratch(a), flops,
             [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });

@@ -14,12 +14,12 @@ _FLOAT_OPTIONS = ("bias", "alibi_slopes", "sink")
 class AttentionInputs:
     """Arguments of `attention`, and the gradients that arrive at its two results."""
 
-    q: Tensor                 # (b, s_q, h, d)
-    k: Tensor                 # (b, s_k, h_kv, d)
-    v: Tensor                 # (b, s_k, h_kv, d_v)
-    dout: Tensor              # (b, s_q, h, d_v)
-    dlse: Tensor              # (b, h, s_q)
-    options: dict             # keyword arguments of `attention`
+    q: Tensor  # (b, s_q, h, d)
+    k: Tensor  # (b, s_k, h_kv, d)
+    v: Tensor  # (b, s_k, h_kv, d_v)
+    dout: Tensor  # (b, s_q, h, d_v)
+    dlse: Tensor  # (b, h, s_q)
+    options: dict  # keyword arguments of `attention`
 
     @property
     def rows(self) -> int:
@@ -46,8 +46,14 @@ class AttentionInputs:
         For checks of large cases without options that have a batch or head axis.
         """
         group = self.q.shape[2] // self.k.shape[2]
-        return AttentionInputs(self.q[:1, :, :group], self.k[:1, :, :1], self.v[:1, :, :1], self.dout[:1, :, :group],
-                               self.dlse[:1, :group], self.options)
+        return AttentionInputs(
+            self.q[:1, :, :group],
+            self.k[:1, :, :1],
+            self.v[:1, :, :1],
+            self.dout[:1, :, :group],
+            self.dlse[:1, :group],
+            self.options,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,20 @@ class AttentionCase:
     s_q: int
     s_k: int
     d: int
-    h_kv: int | None = None             # default h
-    d_v: int | None = None              # default d
-    layout: str = "bshd"                # bshd, bhsd, fused (b, s, 3, h, d) or padded: a view into a larger tensor
+    h_kv: int | None = None  # default h
+    d_v: int | None = None  # default d
+    layout: str = "bshd"  # bshd, bhsd, fused (b, s, 3, h, d) or padded: a view into a larger tensor
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     scale: float | None = None
     softcap: float = 0.0
-    mask: str | None = None             # the axes of b, h, q, k that it has; "" has none
-    bias: str | None = None             # the same
-    bias_hides: bool = False            # some entries of bias are -inf, whole rows among them
-    alibi: str | None = None            # "h" or "bh"
+    mask: str | None = None  # the axes of b, h, q, k that it has; "" has none
+    bias: str | None = None  # the same
+    bias_hides: bool = False  # some entries of bias are -inf, whole rows among them
+    alibi: str | None = None  # "h" or "bh"
     sink: bool = False
-    float32_options: bool = False       # bias, slopes and sink in float32 beside 16-bit q
-    kv_lengths: tuple[int, ...] = ()    # one per sequence
+    float32_options: bool = False  # bias, slopes and sink in float32 beside 16-bit q
+    kv_lengths: tuple[int, ...] = ()  # one per sequence
     dropout_p: float = 0.0
 
     def __str__(self) -> str:
@@ -90,7 +96,7 @@ class AttentionCase:
         if self.mask is not None:
             mask = torch.rand(self._broadcast(self.mask), generator=generator) < 0.7
             if "q" in self.mask:
-                mask[..., self.s_q // 2:self.s_q // 2 + 1, :] = False
+                mask[..., self.s_q // 2 : self.s_q // 2 + 1, :] = False
             options["mask"] = mask.to(device)
         if self.bias is not None:
             bias = torch.randn(self._broadcast(self.bias), generator=generator)
@@ -100,9 +106,9 @@ class AttentionCase:
                     bias[..., :1, :] = float("-inf")
             options["bias"] = bias.to(device, options_dtype)
         if self.alibi is not None:
-            slopes = 2.0 ** -torch.linspace(1, 8, self.h)                       # (h,)
+            slopes = 2.0 ** -torch.linspace(1, 8, self.h)  # (h,)
             if self.alibi == "bh":
-                slopes = slopes * torch.randn(self.b, 1, generator=generator)   # (b, h)
+                slopes = slopes * torch.randn(self.b, 1, generator=generator)  # (b, h)
             options["alibi_slopes"] = slopes.to(device, options_dtype)
         if self.sink:
             options["sink"] = torch.randn(self.h, generator=generator).to(device, options_dtype)
@@ -205,13 +211,60 @@ _FEATURES = [
     AttentionCase("dropout", 2, 2, 60, 70, 64, dropout_p=0.2),
     AttentionCase("dropout, causal, odd lengths", 1, 3, 113, 203, 64, dropout_p=0.5, causal=True),
     AttentionCase("everything is dropped", 1, 2, 20, 20, 16, dropout_p=1.0),
-    AttentionCase("everything at once", 3, 4, 70, 90, 48, h_kv=2, d_v=40, layout="padded", causal=True,
-                  window=(50, -1), scale=0.2, softcap=5.0, mask="bqk", bias="hqk", bias_hides=True, alibi="bh",
-                  sink=True, kv_lengths=(90, 33, 0), dropout_p=0.1),
-    AttentionCase("everything at once, float32 options", 2, 4, 65, 65, 64, h_kv=1, layout="bhsd", window=(20, 40),
-                  softcap=8.0, mask="k", bias="bhk", alibi="h", sink=True, float32_options=True, kv_lengths=(65, 64)),
-    AttentionCase("bias, alibi, dropout, one query", 2, 4, 1, 300, 64, h_kv=2, bias="bhqk", alibi="h", sink=True,
-                  kv_lengths=(300, 10), dropout_p=0.1),
+    AttentionCase(
+        "everything at once",
+        b=3,
+        h=4,
+        s_q=70,
+        s_k=90,
+        d=48,
+        h_kv=2,
+        d_v=40,
+        layout="padded",
+        causal=True,
+        window=(50, -1),
+        scale=0.2,
+        softcap=5.0,
+        mask="bqk",
+        bias="hqk",
+        bias_hides=True,
+        alibi="bh",
+        sink=True,
+        kv_lengths=(90, 33, 0),
+        dropout_p=0.1,
+    ),
+    AttentionCase(
+        "everything at once, float32 options",
+        b=2,
+        h=4,
+        s_q=65,
+        s_k=65,
+        d=64,
+        h_kv=1,
+        layout="bhsd",
+        window=(20, 40),
+        softcap=8.0,
+        mask="k",
+        bias="bhk",
+        alibi="h",
+        sink=True,
+        float32_options=True,
+        kv_lengths=(65, 64),
+    ),
+    AttentionCase(
+        "bias, alibi, dropout, one query",
+        b=2,
+        h=4,
+        s_q=1,
+        s_k=300,
+        d=64,
+        h_kv=2,
+        bias="bhqk",
+        alibi="h",
+        sink=True,
+        kv_lengths=(300, 10),
+        dropout_p=0.1,
+    ),
 ]
 
 ATTENTION = _SHAPES + _FEATURES

@@ -21,7 +21,12 @@ RMS_RATIO = {torch.bfloat16: 1.2, torch.float16: 1.2, torch.float32: 2.0, torch.
 
 
 def assert_as_accurate(
-    actual: Tensor, golden: Tensor, low_precision: Tensor, name: str = "result", *, dtype: torch.dtype | None = None,
+    actual: Tensor,
+    golden: Tensor,
+    low_precision: Tensor,
+    name: str = "result",
+    *,
+    dtype: torch.dtype | None = None,
     samples: int | None = None,
 ) -> None:
     """`actual` is as close to `golden` as `low_precision` is.
@@ -49,7 +54,8 @@ def assert_as_accurate(
             where = tuple(wrong.nonzero()[0].tolist())
             raise AssertionError(
                 f"{name} ({actual.dtype}): {int(wrong.sum())} of {wrong.numel()} elements differ in being {what}, the "
-                f"first at {where}: got {actual64[where]:.8g}, expected {golden[where]:.8g}")
+                f"first at {where}: got {actual64[where]:.8g}, expected {golden[where]:.8g}"
+            )
     finite = golden.isfinite()
     if not finite.any():
         return
@@ -60,17 +66,19 @@ def assert_as_accurate(
 
     chance = 1 + 4 / math.sqrt(min(samples or math.inf, expected.numel()))
     limit = MAX_RATIO * (chance * _max(low_error) + _max(rounding))
-    if _max(error) > limit:
+    if not _max(error) <= limit:  # a NaN in low_precision must not pass
         where = tuple(finite.nonzero()[error.abs().argmax()].tolist())
         raise AssertionError(
             f"{name} ({actual.dtype}): largest error {_max(error):.3e}, allowed {limit:.3e}, at {where}: got "
             f"{actual64[where]:.8g}, expected {golden[where]:.8g}; plain torch {_max(low_error):.3e}, rounding "
-            f"{_max(rounding):.3e}; {(error.abs() > limit).sum()} of {error.numel()} elements are beyond")
+            f"{_max(rounding):.3e}; {(error.abs() > limit).sum()} of {error.numel()} elements are beyond"
+        )
     limit = math.hypot(RMS_RATIO[dtype] * chance * _rms(low_error), _rms(rounding))
-    if _rms(error) > limit:
+    if not _rms(error) <= limit:
         raise AssertionError(
             f"{name} ({actual.dtype}): root mean square error {_rms(error):.3e}, allowed {limit:.3e}; plain torch "
-            f"{_rms(low_error):.3e}, rounding {_rms(rounding):.3e}")
+            f"{_rms(low_error):.3e}, rounding {_rms(rounding):.3e}"
+        )
 
 
 def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> Tensor:
@@ -106,7 +114,8 @@ def attention_results(function: Callable, inputs: AttentionInputs, **options) ->
     out, lse = function(q, k, v, **arguments, return_lse=True, **options)
     gradients = torch.autograd.grad((out, lse), leaves.values(), (inputs.dout, inputs.dlse))
     return {"out": out.detach(), "lse": lse.detach()} | {
-        f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
 
 
 def golden_attention(inputs: AttentionInputs) -> dict[str, Tensor]:
@@ -124,13 +133,29 @@ def plain_attention_results(inputs: AttentionInputs) -> dict[str, Tensor]:
         return attention_results(plain_attention, inputs)
     single = inputs.to(torch.float32)
     plain, golden = attention_results(plain_attention, single), golden_attention(single)
-    return {name: torch.where(exact.isfinite(), exact + (plain[name] - golden[name]) * 2.0**-28.5, exact)
-            for name, exact in golden_attention(inputs).items()}
+    return {
+        name: torch.where(exact.isfinite(), exact + (plain[name] - golden[name]) * 2.0**-28.5, exact)
+        for name, exact in golden_attention(inputs).items()
+    }
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal, window, scale, softcap, mask=None, bias=None, alibi_slopes=None,
-    sink=None, kv_lengths=None, dropout_p=0.0, seed=None, return_lse=True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal,
+    window,
+    scale,
+    softcap,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    kv_lengths=None,
+    dropout_p=0.0,
+    seed=None,
+    return_lse=True,
 ) -> tuple[Tensor, Tensor]:
     """Attention as a careful user writes it in eager torch, any float dtype; holds the scores.
 
@@ -142,7 +167,7 @@ def plain_attention(
     b, s_q, h, d = q.shape
     s_k = k.shape[1]
     q, k, v = (x.transpose(1, 2).repeat_interleave(h // x.shape[2], 1) for x in (q, k, v))  # (b, h, s, d)
-    scores = q.to(acc) @ k.to(acc).transpose(2, 3) * (d ** -0.5 if scale is None else scale)
+    scores = q.to(acc) @ k.to(acc).transpose(2, 3) * (d**-0.5 if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     i, j = torch.arange(s_q, device=q.device)[:, None] + s_k - s_q, torch.arange(s_k, device=q.device)
@@ -158,7 +183,7 @@ def plain_attention(
         visible = visible & band
     if kv_lengths is not None:
         visible = visible & (j < kv_lengths[:, None, None, None])
-    seen = visible.any(-1, keepdim=True)                                        # (b, h, s_q, 1)
+    seen = visible.any(-1, keepdim=True)  # (b, h, s_q, 1)
     # zeros in rows without a key: the softmax over nothing but -inf is NaN
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~seen, 0.0)
     factor = seen.to(acc)

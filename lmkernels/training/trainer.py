@@ -57,11 +57,15 @@ class Trainer:
     def run(self) -> dict:
         """Trains to the end, or until Ctrl-C; saves a checkpoint in both cases. Returns the last figures."""
         first = self.progress.step
+        first_second = self.progress.seconds
         last = {"loss": None, "eval_loss": None, "tokens_per_second": None}
         with closing(Log(self.out / "log.jsonl", first)) as log, StopRequest() as stop, self.bar() as bar:
             while not self.finished() and not stop.requested:
-                last |= self.timed_step()
-                log.write(step=self.progress.step, seconds=round(self.progress.seconds, 3), **last_step(last))
+                figures = self.timed_step()
+                tokens = (self.progress.step - first) * self.settings.tokens_per_step
+                rate = round(tokens / (self.progress.seconds - first_second), 1)
+                last |= {"loss": figures["loss"], "tokens_per_second": rate}
+                log.write(step=self.progress.step, seconds=round(self.progress.seconds, 3), **figures)
                 if self.progress.step % self.settings.eval_every == 0 or self.finished():
                     last["eval_loss"] = self.evaluate()
                     log.write(step=self.progress.step, eval_loss=last["eval_loss"])
@@ -75,9 +79,7 @@ class Trainer:
             "finished": self.finished(),
             "step": self.progress.step,
             "steps_this_run": self.progress.step - first,
-            "loss": last["loss"],
-            "eval_loss": last["eval_loss"],
-            "tokens_per_second": last["tokens_per_second"],
+            **last,
             "checkpoint": str(folder),
         }
 
@@ -161,8 +163,3 @@ class Trainer:
         bar.set_postfix(figures, refresh=False)
         done = self.progress.step if self.settings.minutes is None else self.progress.seconds
         bar.update(min(done, bar.total) - bar.n)
-
-
-def last_step(figures: dict) -> dict:
-    """The figures of one step, as the log keeps them."""
-    return {name: figures[name] for name in ("loss", "lr", "grad_norm", "tokens_per_second")}

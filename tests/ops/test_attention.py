@@ -17,7 +17,7 @@ from lmkernels.ops.attention.reference import scores_and_visible
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = ["generic", "avx2", "avx512", "avx512bf16"]          # each has all that the ones before it have
+ISAS = ["generic", "avx2", "avx512", "avx512bf16"]  # each has all that the ones before it have
 
 
 def short(dtype: torch.dtype) -> str:
@@ -49,22 +49,41 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
     actual = numerics.attention_results(attention, inputs, backend=backend)
     assert_all_as_accurate(actual, golden, plain, dtype, inputs.rows)
     assert {name: x.dtype for name, x in actual.items()} == {
-        "out": dtype, "lse": torch.promote_types(dtype, torch.float32),
-        **{f"d{name}": x.dtype for name, x in inputs.differentiable().items()}}
+        "out": dtype,
+        "lse": torch.promote_types(dtype, torch.float32),
+        **{f"d{name}": x.dtype for name, x in inputs.differentiable().items()},
+    }
 
 
-@pytest.mark.parametrize("case", [case for case in cases.ATTENTION if case.causal or case.kv_lengths or case.mask
-                                  or case.bias_hides or max(case.window) >= 0], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in cases.ATTENTION
+        if case.causal or case.kv_lengths or case.mask or case.bias_hides or max(case.window) >= 0
+    ],
+    ids=str,
+)
 def test_what_is_hidden_gets_exact_zeros(case, backend, device):
     """A query that sees no key: out 0, lse -inf, dq 0. A key that no query sees: dk 0, dv 0."""
     inputs = case.make(torch.float32, device=device)
     actual = numerics.attention_results(attention, inputs, backend=backend)
     options = inputs.options
     _, visible = scores_and_visible(
-        inputs.q, inputs.k, options.get("mask"), options.get("bias"), None, options.get("kv_lengths"),
-        case.window[0], 0 if case.causal else case.window[1], case.s_k - case.s_q, 1.0, 0.0)
-    blind = ~visible.any(-1)                                                    # (b, h, s_q)
-    unseen = ~visible.unflatten(1, (inputs.k.shape[2], -1)).any(2).any(2)       # (b, h_kv, s_k)
+        inputs.q,
+        inputs.k,
+        options.get("mask"),
+        options.get("bias"),
+        None,
+        options.get("kv_lengths"),
+        case.window[0],
+        0 if case.causal else case.window[1],
+        case.s_k - case.s_q,
+        1.0,
+        0.0,
+    )
+    blind = ~visible.any(-1)  # (b, h, s_q)
+    unseen = ~visible.unflatten(1, (inputs.k.shape[2], -1)).any(2).any(2)  # (b, h_kv, s_k)
     assert (actual["lse"][blind] == float("-inf")).all() and actual["lse"][~blind].isfinite().all()
     for name, hidden in (("out", blind), ("dq", blind), ("dk", unseen), ("dv", unseen)):
         assert (actual[name].transpose(1, 2)[hidden] == 0).all(), name
@@ -78,13 +97,28 @@ def random_cases(draw) -> cases.AttentionCase:
     size = st.sampled_from([1, 2, 7, 16, 17, 31, 40])
     b, h_kv, group, s_k = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(size)
     return cases.AttentionCase(
-        "random", b, h_kv * group, draw(size), s_k, draw(st.sampled_from([1, 5, 16, 40])), h_kv=h_kv,
-        d_v=draw(st.sampled_from([1, 8, 33])), layout=draw(st.sampled_from(["bshd", "bhsd", "padded"])),
-        causal=draw(st.booleans()), window=draw(st.tuples(st.integers(-1, 20), st.integers(-1, 20))),
-        scale=draw(st.none() | st.floats(-1, 1)), softcap=draw(st.sampled_from([0.0, 0.0, 3.0])), mask=draw(axes),
-        bias=draw(axes), bias_hides=draw(st.booleans()), alibi=draw(st.sampled_from([None, "h", "bh"])),
-        sink=draw(st.booleans()), float32_options=draw(st.booleans()), dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
-        kv_lengths=draw(st.just(()) | st.tuples(*[st.integers(0, s_k)] * b)))
+        "random",
+        b,
+        h_kv * group,
+        draw(size),
+        s_k,
+        draw(st.sampled_from([1, 5, 16, 40])),
+        h_kv=h_kv,
+        d_v=draw(st.sampled_from([1, 8, 33])),
+        layout=draw(st.sampled_from(["bshd", "bhsd", "padded"])),
+        causal=draw(st.booleans()),
+        window=draw(st.tuples(st.integers(-1, 20), st.integers(-1, 20))),
+        scale=draw(st.none() | st.floats(-1, 1)),
+        softcap=draw(st.sampled_from([0.0, 0.0, 3.0])),
+        mask=draw(axes),
+        bias=draw(axes),
+        bias_hides=draw(st.booleans()),
+        alibi=draw(st.sampled_from([None, "h", "bh"])),
+        sink=draw(st.booleans()),
+        float32_options=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        kv_lengths=draw(st.just(()) | st.tuples(*[st.integers(0, s_k)] * b)),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -109,6 +143,22 @@ def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(isa, na
     if ISAS.index(isa) > ISAS.index(running):
         pytest.skip(f"this process runs on {running}")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-k", "native and not instruction_set", "--tb=short", "-p", "no:cacheprovider"],
-        env=os.environ | {"LMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
-    assert run.returncode == 0, f"LMKERNELS_CPU_ISA={isa} {' '.join(run.args)}\n{run.stdout[-8000:]}{run.stderr[-2000:]}"
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            __file__,
+            "-q",
+            "-k",
+            "native and not instruction_set",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+        ],
+        env=os.environ | {"LMKERNELS_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, (
+        f"LMKERNELS_CPU_ISA={isa} {' '.join(run.args)}\n{run.stdout[-8000:]}{run.stderr[-2000:]}"
+    )

@@ -16,22 +16,47 @@ from lmkernels.testing import cases
 def tiny(case: cases.AttentionCase) -> cases.AttentionCase:
     """The case with every feature, in a size that a Python loop can do."""
     return replace(
-        case, s_q=min(case.s_q, 6), s_k=min(case.s_k, 7), d=min(case.d, 4), d_v=case.d_v and min(case.d_v, 3),
-        window=tuple(min(size, 2) for size in case.window), kv_lengths=tuple(min(n, 7) for n in case.kv_lengths))
+        case,
+        s_q=min(case.s_q, 6),
+        s_k=min(case.s_k, 7),
+        d=min(case.d, 4),
+        d_v=case.d_v and min(case.d_v, 3),
+        window=tuple(min(size, 2) for size in case.window),
+        kv_lengths=tuple(min(n, 7) for n in case.kv_lengths),
+    )
 
 
 def philox_words(counter: list[int], key: list[int]) -> list[int]:
     """Philox-4x32-10 on Python integers."""
     for _ in range(10):
         first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [second >> 32 ^ counter[1] ^ key[0], second & 0xFFFFFFFF,
-                   first >> 32 ^ counter[3] ^ key[1], first & 0xFFFFFFFF]
+        counter = [
+            second >> 32 ^ counter[1] ^ key[0],
+            second & 0xFFFFFFFF,
+            first >> 32 ^ counter[3] ^ key[1],
+            first & 0xFFFFFFFF,
+        ]
         key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
     return counter
 
 
-def attention_by_loops(q, k, v, *, causal, window, scale, softcap, mask=None, bias=None, alibi_slopes=None, sink=None,
-                       kv_lengths=None, dropout_p=0.0, seed=0):
+def attention_by_loops(
+    q,
+    k,
+    v,
+    *,
+    causal,
+    window,
+    scale,
+    softcap,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    kv_lengths=None,
+    dropout_p=0.0,
+    seed=0,
+):
     """One weight at a time, in Python floats, as the documentation of `attention` words it."""
     (b, s_q, h, d), (_, s_k, h_kv, d_v) = q.shape, v.shape
     scale = 1 / math.sqrt(d) if scale is None else scale
@@ -54,10 +79,14 @@ def attention_by_loops(q, k, v, *, causal, window, scale, softcap, mask=None, bi
                         x -= slopes[bi][hi] * abs(diagonal - j)
                     if bias is not None:
                         x += bias[bi][hi][i][j]
-                    hidden = ((mask is not None and not mask[bi][hi][i][j]) or (causal and j > diagonal)
-                              or (window[0] >= 0 and j < diagonal - window[0])
-                              or (window[1] >= 0 and j > diagonal + window[1])
-                              or (kv_lengths is not None and j >= kv_lengths[bi]) or x == -math.inf)
+                    hidden = (
+                        (mask is not None and not mask[bi][hi][i][j])
+                        or (causal and j > diagonal)
+                        or (window[0] >= 0 and j < diagonal - window[0])
+                        or (window[1] >= 0 and j > diagonal + window[1])
+                        or (kv_lengths is not None and j >= kv_lengths[bi])
+                        or x == -math.inf
+                    )
                     if not hidden:
                         scores[j] = x
                 if not scores:
@@ -106,8 +135,15 @@ def test_the_reference_agrees_with_torch_where_torch_has_the_feature(case):
     leaves = [x.requires_grad_() for x in inputs.differentiable().values()]
     out = attention(inputs.q, inputs.k, inputs.v, **inputs.options, backend="reference")
     attn_mask = inputs.options.get("mask", inputs.options.get("bias"))
-    expected = _sdpa(inputs.q, inputs.k, inputs.v, attn_mask=attn_mask, is_causal=case.causal, scale=case.scale,
-                     enable_gqa=case.h_kv is not None)
+    expected = _sdpa(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        attn_mask=attn_mask,
+        is_causal=case.causal,
+        scale=case.scale,
+        enable_gqa=case.h_kv is not None,
+    )
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     for actual, wanted in zip(*(torch.autograd.grad(x, leaves, inputs.dout) for x in (out, expected)), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-11)

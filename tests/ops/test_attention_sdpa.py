@@ -40,7 +40,9 @@ def test_the_signature_is_torchs():
 @pytest.mark.parametrize(("s_q", "s_k"), [(7, 7), (5, 9), (9, 5)])
 def test_it_agrees_with_torch_for_2_to_5_axes(lead, is_causal, s_q, s_k):
     """is_causal with s_q != s_k is aligned to the upper left, as torch's."""
-    assert_same_as_torch(torch.randn(*lead, s_q, 8), torch.randn(*lead, s_k, 8), torch.randn(*lead, s_k, 4), is_causal=is_causal)
+    assert_same_as_torch(
+        torch.randn(*lead, s_q, 8), torch.randn(*lead, s_k, 8), torch.randn(*lead, s_k, 4), is_causal=is_causal
+    )
 
 
 MASK_SHAPES = [(5, 9), (1, 9), (5, 1), (3, 5, 9), (1, 5, 9), (2, 1, 5, 9), (2, 3, 5, 9), (1, 1, 1, 9), (9,)]
@@ -52,7 +54,7 @@ def test_attn_mask_broadcasts_as_in_torch_and_has_its_gradient(shape, kind):
     attn_mask = torch.randn(shape)
     if kind == "bool":
         attn_mask = attn_mask > -1
-        attn_mask[..., :1] = True                                              # torch gives NaN where nothing is seen
+        attn_mask[..., :1] = True  # torch gives NaN where nothing is seen
     assert_same_as_torch(torch.randn(2, 3, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), attn_mask=attn_mask)
 
 
@@ -63,7 +65,9 @@ def test_attn_mask_broadcasts_over_more_than_one_batch_axis(mask_lead):
 
 
 def test_a_three_axis_query_takes_a_mask_per_batch():
-    assert_same_as_torch(torch.randn(3, 5, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8), attn_mask=torch.randn(3, 5, 9))
+    assert_same_as_torch(
+        torch.randn(3, 5, 8), torch.randn(3, 9, 8), torch.randn(3, 9, 8), attn_mask=torch.randn(3, 5, 9)
+    )
 
 
 def test_a_two_axis_query_takes_a_mask():
@@ -99,22 +103,34 @@ def test_dropout_has_the_right_mean():
 
 
 BAD_CALLS = {
-    "attn_mask with is_causal": (lambda q: dict(attn_mask=torch.ones(4, 4, dtype=torch.bool), is_causal=True),
-                                 ValueError, "attn_mask must be None when is_causal=True"),
-    "fewer heads without enable_gqa": (lambda q: dict(key=q[:, :1], value=q[:, :1]),
-                                       ValueError, "must have query's 2 heads, got 1; enable_gqa=True allows fewer"),
-    "one axis": (lambda q: dict(query=q[0, 0, 0]), ValueError, r"query must be \(..., h, s, d\) with at least 2 axes"),
-    "head sizes differ": (lambda q: dict(key=q[..., :4]), ValueError, "key must have query's head size 8"),
-    "lengths differ": (lambda q: dict(value=q[:, :, :3]), ValueError, "value must have key's length and heads"),
-    "dtypes differ": (lambda q: dict(key=q.double()), TypeError, "key must have query's dtype"),
-    "mask does not broadcast": (lambda q: dict(attn_mask=torch.zeros(3, 4)), ValueError,
-                                r"attn_mask must broadcast to \(b, h, s_q, s_k\)"),
-    "mask of integers": (lambda q: dict(attn_mask=torch.zeros(4, 4, dtype=torch.int64)), TypeError, "attn_mask must be"),
-    "list for mask": (lambda q: dict(attn_mask=[[True]]), TypeError, "attn_mask must be"),
-    "not a tensor": (lambda q: dict(query=[1.0]), TypeError, "query must be a torch.Tensor, got list"),
-    "dropout above 1": (lambda q: dict(dropout_p=1.5), ValueError, "dropout_p must be between 0 and 1, got 1.5"),
-    "batches that do not broadcast": (lambda q: dict(key=q.expand(3, 2, 4, 8).clone(), query=q.expand(2, 2, 4, 8)),
-                                      ValueError, "key"),
+    "attn_mask with is_causal": (
+        lambda q: {"attn_mask": torch.ones(4, 4, dtype=torch.bool), "is_causal": True},
+        ValueError,
+        "attn_mask must be None when is_causal=True",
+    ),
+    "fewer heads without enable_gqa": (
+        lambda q: {"key": q[:, :1], "value": q[:, :1]},
+        ValueError,
+        "must have query's 2 heads, got 1; enable_gqa=True allows fewer",
+    ),
+    "one axis": (lambda q: {"query": q[0, 0, 0]}, ValueError, r"query must be \(..., h, s, d\) with at least 2 axes"),
+    "head sizes differ": (lambda q: {"key": q[..., :4]}, ValueError, "key must have query's head size 8"),
+    "lengths differ": (lambda q: {"value": q[:, :, :3]}, ValueError, "value must have key's length and heads"),
+    "dtypes differ": (lambda q: {"key": q.double()}, TypeError, "key must have query's dtype"),
+    "mask does not broadcast": (
+        lambda q: {"attn_mask": torch.zeros(3, 4)},
+        ValueError,
+        r"attn_mask must broadcast to \(b, h, s_q, s_k\)",
+    ),
+    "mask of integers": (lambda q: {"attn_mask": torch.zeros(4, 4, dtype=torch.int64)}, TypeError, "attn_mask must be"),
+    "list for mask": (lambda q: {"attn_mask": [[True]]}, TypeError, "attn_mask must be"),
+    "not a tensor": (lambda q: {"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+    "dropout above 1": (lambda q: {"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
+    "batches that do not broadcast": (
+        lambda q: {"key": q.expand(3, 2, 4, 8).clone(), "query": q.expand(2, 2, 4, 8)},
+        ValueError,
+        "key",
+    ),
 }
 
 
@@ -134,7 +150,7 @@ WITH_WEIGHTS = [case for case in cases.ATTENTION if case.dropout_p == 0]
 @pytest.mark.parametrize("case", WITH_WEIGHTS, ids=str)
 def test_weights_times_v_is_attention_and_rows_sum_to_one_or_less(case):
     inputs = case.make(torch.float64)
-    weights = attention_weights(inputs.q, inputs.k, **inputs.options)           # (b, h, s_q, s_k)
+    weights = attention_weights(inputs.q, inputs.k, **inputs.options)  # (b, h, s_q, s_k)
     out, lse = attention(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True)
     v = inputs.v.repeat_interleave(case.h // inputs.v.shape[2], 2)
     torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", weights, v), out)

@@ -9,8 +9,14 @@ from lmkernels import attention
 from lmkernels.testing import cases, numerics
 
 CASE = {case.name: case for case in cases.ATTENTION}
-CHECKED = ["odd lengths", "causal, fused", "everything at once", "everything at once, float32 options",
-           "one query, long cache", "dropout"]
+CHECKED = [
+    "odd lengths",
+    "causal, fused",
+    "everything at once",
+    "everything at once, float32 options",
+    "one query, long cache",
+    "dropout",
+]
 
 
 def _op_arguments(name: str, dtype: torch.dtype = torch.float32):
@@ -24,9 +30,20 @@ def _op_arguments(name: str, dtype: torch.dtype = torch.float32):
         return None if x is None else x.reshape((1,) * (4 - x.dim()) + x.shape)
 
     seed = torch.tensor(options["seed"]) if "seed" in options else None
-    features = (four_axes(mask), four_axes(bias), slopes, options.get("sink"), options.get("kv_lengths"), seed,
-                case.window[0], 0 if case.causal else case.window[1], case.s_k - case.s_q,
-                case.d ** -0.5 if case.scale is None else case.scale, case.softcap, case.dropout_p)
+    features = (
+        four_axes(mask),
+        four_axes(bias),
+        slopes,
+        options.get("sink"),
+        options.get("kv_lengths"),
+        seed,
+        case.window[0],
+        0 if case.causal else case.window[1],
+        case.s_k - case.s_q,
+        case.d**-0.5 if case.scale is None else case.scale,
+        case.softcap,
+        case.dropout_p,
+    )
     return inputs, features
 
 
@@ -43,7 +60,8 @@ def test_the_backward_op_passes_opcheck(name, native):
     needs = tuple(option in inputs.options for option in ("bias", "alibi_slopes", "sink"))
     torch.library.opcheck(
         torch.ops.lmkernels.attention_bwd.default,
-        (inputs.dout, inputs.dlse, inputs.q, inputs.k, inputs.v, out, lse, *features, *needs, True))
+        (inputs.dout, inputs.dlse, inputs.q, inputs.k, inputs.v, out, lse, *features, *needs, True),
+    )
 
 
 @pytest.fixture
@@ -77,8 +95,10 @@ def test_dynamic_shapes_compile_once(native, fresh_compiler):
 
     def run(b, s_q, s_k):
         q, k, v = (torch.randn(b, s, 4, 64, requires_grad=True) for s in (s_q, s_k, s_k))
-        results = [torch.autograd.grad(function(q, k, v, causal=True, backend=native), (q, k, v), torch.ones(b, s_q, 4, 64))
-                   for function in (compiled, attention)]
+        results = [
+            torch.autograd.grad(function(q, k, v, causal=True, backend=native), (q, k, v), torch.ones(b, s_q, 4, 64))
+            for function in (compiled, attention)
+        ]
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
 
@@ -89,8 +109,9 @@ def test_dynamic_shapes_compile_once(native, fresh_compiler):
 
 def test_a_model_around_it_compiles(native, fresh_compiler):
     """What stands before and after is fused by Inductor; the op stays one node."""
+
     def block(x, w):
-        q, k, v = (x @ w).unflatten(-1, (3, 4, 16)).unbind(2)                   # (b, s, h, d)
+        q, k, v = (x @ w).unflatten(-1, (3, 4, 16)).unbind(2)  # (b, s, h, d)
         return attention(q, k, v, causal=True, backend=native).flatten(2).relu()
 
     x, w = torch.randn(2, 30, 64, requires_grad=True), torch.randn(64, 192, requires_grad=True)
@@ -104,11 +125,16 @@ def test_a_model_around_it_compiles(native, fresh_compiler):
 def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype, backend):
     inputs = CASE["bias per head"].make(torch.float32)
     with torch.autocast("cpu", dtype):
-        actual = numerics.attention_results(attention, cases.AttentionInputs(
-            inputs.q, inputs.k, inputs.v, inputs.dout.to(dtype), inputs.dlse, inputs.options), backend=backend)
+        actual = numerics.attention_results(
+            attention,
+            cases.AttentionInputs(inputs.q, inputs.k, inputs.v, inputs.dout.to(dtype), inputs.dlse, inputs.options),
+            backend=backend,
+        )
     assert actual["out"].dtype == dtype and actual["lse"].dtype == torch.float32
     assert all(actual[f"d{name}"].dtype == torch.float32 for name in inputs.differentiable())
-    narrow = cases.AttentionInputs(*(x.to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)), inputs.dlse, inputs.options)
+    narrow = cases.AttentionInputs(
+        *(x.to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)), inputs.dlse, inputs.options
+    )
     expected = numerics.attention_results(attention, narrow, backend=backend)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], check_dtype=False)
@@ -150,7 +176,7 @@ def test_activation_checkpointing_gives_the_same_gradients(backend):
     inputs = CASE["dropout"].make(torch.float32)
 
     def function(q, k, v):
-        return attention(q, k, v, dropout_p=0.3, backend=backend)              # the seed comes from torch's generator
+        return attention(q, k, v, dropout_p=0.3, backend=backend)  # the seed comes from torch's generator
 
     gradients = []
     for run in (function, lambda *x: torch.utils.checkpoint.checkpoint(function, *x, use_reentrant=False)):

@@ -62,8 +62,9 @@ def attention(
     options = _check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths)
     scale = _check_scale(scale, d)
     softcap = _check_softcap(softcap)
-    seed = _check_dropout(q, dropout_p, seed)
+    dropout_p = _check_dropout(dropout_p, seed)
     module = _dispatch.choose("attention", _BACKENDS, backend, q, k, v)
+    seed = _seed_tensor(dropout_p, seed, q.device)
     out, lse = _run(module, q, k, v, *options, seed, left, right, s_k - s_q, scale, softcap, dropout_p,
                     deterministic)
     return (out, lse) if return_lse else out
@@ -84,10 +85,11 @@ def attention_weights(
     left, right = _check_window(window, causal)
     mask, bias, alibi_slopes, sink, kv_lengths = _check_features(
         q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths)
-    scores, visible = reference.scores_and_visible(
-        q, k, mask, bias, alibi_slopes, kv_lengths, left, right, s_k - s_q, _check_scale(scale, d),
-        _check_softcap(softcap))
-    return reference.weights_and_lse(scores, visible, sink)[0].to(q.dtype)
+    scale, softcap = _check_scale(scale, d), _check_softcap(softcap)
+    with torch.autocast(q.device.type, enabled=False):
+        scores, visible = reference.scores_and_visible(
+            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, s_k - s_q, scale, softcap)
+        return reference.weights_and_lse(scores, visible, sink)[0].to(q.dtype)
 
 
 def scaled_dot_product_attention(
@@ -103,13 +105,21 @@ def scaled_dot_product_attention(
     enable_gqa: allows h_kv < h.
     Returns (..., h, s_q, d_v). A query that sees no key gets zeros.
     """
-    query, key, value = _autocast(query, key, value)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not isinstance(x, Tensor):
+            if x is None and name == "attn_mask":
+                continue
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() < 2 and name != "attn_mask":
             raise ValueError(f"{name} must be (..., h, s, d) with at least 2 axes, got {tuple(x.shape)}")
+    query, key, value = _autocast(query, key, value)
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal=True; fold the causal triangle into attn_mask instead")
-    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    try:
+        lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        raise ValueError(f"the leading axes of query, key and value must broadcast, got query {tuple(query.shape)}, "
+                         f"key {tuple(key.shape)} and value {tuple(value.shape)}") from None
     q, k, v = (_batch_first(x, lead) for x in (query, key, value))              # (b, s, h, d)
     b, s_q, h, d, s_k = _check_qkv(q, k, v, names=("query", "key", "value"))
     if k.shape[2] != h and not enable_gqa:
@@ -121,8 +131,9 @@ def scaled_dot_product_attention(
             mask = _check_broadcast("attn_mask", scores, b, h, s_q, s_k)
         else:
             bias = _check_float("attn_mask", _check_broadcast("attn_mask", scores, b, h, s_q, s_k), q)
-    seed = _check_dropout(q, dropout_p, None)
+    dropout_p = _check_dropout(dropout_p, None)
     module = _dispatch.choose("scaled_dot_product_attention", _BACKENDS, None, q, k, v)
+    seed = _seed_tensor(dropout_p, None, q.device)
     out, _ = _run(module, q, k, v, mask, bias, None, None, None, seed, -1, 0 if is_causal else -1, 0,
                   _check_scale(scale, d), 0.0, dropout_p, False)
     out = out.transpose(1, 2)                                                   # (b, h, s_q, d_v)
@@ -233,7 +244,7 @@ def _run(module, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, floating tensors in the autocast dtype, as torch does for matmuls; float64 stays."""
     x = tensors[0]
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -290,43 +301,62 @@ def _check_window(window, causal) -> tuple[int, int]:
     """(left, right) with causal folded in."""
     try:
         left, right = window
+        below = left < -1 or right < -1
     except (TypeError, ValueError):
         raise ValueError(f"window must be two integers (left, right), got {window!r}") from None
     if isinstance(left, float) or isinstance(right, float):
         raise ValueError(f"window must be two integers (left, right), got {window!r}")
-    if left < -1 or right < -1:
+    if below:
         raise ValueError(f"window must hold lengths >= 0, or -1 for unbounded, got {window!r}")
     return left, 0 if causal else right
 
 
+def _check_number(name: str, x) -> None:
+    if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+
+
+def _check_finite(name: str, x) -> float:
+    _check_number(name, x)
+    # by comparison, not math.isfinite: x may be a symbol of a graph that is being compiled
+    if not abs(x) < math.inf:
+        raise ValueError(f"{name} must be a finite number, got {x}")
+    return float(x)
+
+
 def _check_scale(scale: float | None, d: int) -> float:
-    if scale is None:
-        return d ** -0.5
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    return float(scale)
+    return d**-0.5 if scale is None else _check_finite("scale", scale)
 
 
 def _check_softcap(softcap: float) -> float:
-    if not (math.isfinite(softcap) and softcap >= 0):
+    softcap = _check_finite("softcap", softcap)
+    if softcap < 0:
         raise ValueError(f"softcap must be a finite number >= 0 (0 is off), got {softcap}")
-    return float(softcap)
+    return softcap
 
 
-def _check_dropout(q: Tensor, dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
-    """The seed as a () int64 tensor, or None when nothing is dropped."""
+def _check_dropout(dropout_p: float, seed: int | Tensor | None) -> float:
+    _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an int or a () int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    elif seed is not None:
+        if not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(f"seed must be an int or a () int64 tensor, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return float(dropout_p)
+
+
+def _seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed as a () int64 tensor, drawn from torch's generator where none is given; None when nothing is dropped."""
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=q.device)
-    return seed.to(q.device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int) -> Tensor:

@@ -43,12 +43,12 @@ def _(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths,
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if _library.native_error is not None:
         return _library.native_error
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"the compiled library has no kernel for device {q.device.type!r}"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype} is not one of float32, bfloat16, float16, float64"
-    if q.shape[3] > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
-        return f"head sizes go up to {MAX_HEAD_DIM}, got {q.shape[3]} and {v.shape[3]}"
+    if q.size(3) > MAX_HEAD_DIM or v.size(3) > MAX_HEAD_DIM:
+        return f"head sizes go up to {MAX_HEAD_DIM}, got {q.size(3)} and {v.size(3)}"
     return None
 
 
@@ -59,7 +59,9 @@ def _dense(x: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]:
     """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of the schema."""
-    return _fwd(_dense(q), _dense(k), _dense(v), *features)
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = _dense(q), _dense(k), _dense(v)
+    return _fwd(q, k, v, *features)
 
 
 def backward(
@@ -68,4 +70,5 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""
     dout = None if dout is None else _dense(dout)
+    dlse = None if dlse is None else dlse.contiguous()
     return _bwd(dout, dlse, _dense(q), _dense(k), _dense(v), out, lse, *features_and_needs)

@@ -33,8 +33,9 @@ def scores_and_visible(
     """Scores (b, h, s_q, s_k), -inf where a key is hidden, and the boolean map of what is seen."""
     b, s_q, h, _ = q.shape
     s_k, h_kv = k.shape[1:3]
+    group = h // max(h_kv, 1)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.to(acc).unflatten(2, (h_kv, h // h_kv))                         # (b, s_q, h_kv, g, d)
+    grouped = q.to(acc).unflatten(2, (h_kv, group))                             # (b, s_q, h_kv, g, d)
     scores = torch.einsum("bqngd,bknd->bngqk", grouped, k.to(acc)).flatten(1, 2) * scale    # (b, h, s_q, s_k)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -57,11 +58,8 @@ def scores_and_visible(
 
 def weights_and_lse(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis with the sink in the denominator: weights (b, h, s_q, s_k), lse (b, h, s_q)."""
-    b, h, s_q, s_k = scores.shape
-    if s_k == 0:
-        return scores, scores.new_full((b, h, s_q), float("-inf"))
     seen = visible.any(-1)                                                      # (b, h, s_q)
-    m = scores.detach().amax(-1)
+    m = scores.detach().amax(-1) if scores.shape[-1] > 0 else torch.full_like(seen, float("-inf"), dtype=scores.dtype)
     if sink is not None:
         sink = sink.to(scores.dtype)[:, None]                                   # (h, 1)
         m = torch.maximum(m, sink.detach())
@@ -84,12 +82,13 @@ def forward(
     """out (b, s_q, h, d_v) in q's dtype and lse (b, h, s_q); arguments as `attention` after its checks."""
     b, s_q, h, _ = q.shape
     s_k, h_kv = k.shape[1:3]
-    scores, visible = scores_and_visible(
-        q, k, mask, bias, alibi_slopes, kv_lengths, left, right, offset, scale, softcap)
-    p, lse = weights_and_lse(scores, visible, sink)
-    if dropout_p > 0:
-        keep = attention_keep(seed, b, h, s_q, s_k, dropout_p)
-        p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
-    grouped = p.unflatten(1, (h_kv, h // h_kv))                                 # (b, h_kv, g, s_q, s_k)
-    out = torch.einsum("bngqk,bknd->bqngd", grouped, v.to(p.dtype)).flatten(2, 3)           # (b, s_q, h, d_v)
+    with torch.autocast(q.device.type, enabled=False):
+        scores, visible = scores_and_visible(
+            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, offset, scale, softcap)
+        p, lse = weights_and_lse(scores, visible, sink)
+        if dropout_p > 0:
+            keep = attention_keep(seed, b, h, s_q, s_k, dropout_p)
+            p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
+        grouped = p.unflatten(1, (h_kv, h // max(h_kv, 1)))                     # (b, h_kv, g, s_q, s_k)
+        out = torch.einsum("bngqk,bknd->bqngd", grouped, v.to(p.dtype)).flatten(2, 3)       # (b, s_q, h, d_v)
     return out.to(q.dtype), lse

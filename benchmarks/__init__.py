@@ -1,0 +1,1 @@
+"""Speed of this library beside what a user would run instead: `python -m benchmarks --help`."""

@@ -1,0 +1,183 @@
+"""What every benchmark needs: fair timing, the ceilings of the machine, a record of the conditions, a table."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lmkernels
+
+REPOSITORY = Path(__file__).parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A sample shorter than this says more about the clock than about the function.
+SHORTEST_SAMPLE = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks every benchmark for."""
+
+    cases: str = ""  # only the cases whose group and name contain this
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    seconds: float = 1.0  # for each line of the table, warm-up not counted
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call over the samples taken."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        ordered = sorted(seconds)
+
+        def quantile(q: float) -> float:
+            return ordered[round(q * (len(ordered) - 1))]
+
+        return cls(statistics.median(ordered), quantile(0.1), quantile(0.9), len(ordered))
+
+
+def interleaved(functions: dict[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, Timing]:
+    """Times the functions in turn, A B A B ..., for about `seconds` in all and at least `least` times each.
+
+    So whatever else the machine does falls on all of them alike. Each is called before until its time is known, which
+    warms caches and threads up; a short one is called several times per sample.
+    """
+    repeats = {name: _repeats(function) for name, function in functions.items()}
+    samples = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
+        for name, function in functions.items():
+            samples[name].append(_time(function, repeats[name]))
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def _time(function: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def _repeats(function: Callable[[], object]) -> int:
+    """How many calls make a sample of at least SHORTEST_SAMPLE."""
+    function()
+    repeats = 1
+    while (seconds := _time(function, repeats)) * repeats < SHORTEST_SAMPLE:
+        repeats = max(2 * repeats, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-9)))
+    return repeats
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best that torch reaches on this machine: the measure for a share, taken in the same run."""
+
+    matmul: dict[str, float]  # FLOP/s by dtype, 2048 x 2048 x 2048
+    read: float  # bytes/s of a sum over 512 MB
+
+    def seconds(self, dtype: str, flops: float, bytes_moved: float) -> float:
+        """The time that neither the arithmetic nor the memory allows to beat."""
+        return max(flops / self.matmul.get(dtype, self.matmul["float32"]), bytes_moved / self.read)
+
+    def rows(self) -> list[dict]:
+        """For the table that the shares stand in."""
+        matmuls = [
+            {"name": f"ceiling, {dtype} matmul", "GFLOP/s": round(rate / 1e9, 1)} for dtype, rate in self.matmul.items()
+        ]
+        return [*matmuls, {"name": "ceiling, read", "GB/s": round(self.read / 1e9, 1)}]
+
+
+def measure_ceilings(dtypes: Iterable[str], seconds: float = 1.0) -> Ceilings:
+    n = 2048
+    matmul = {}
+    for dtype in dict.fromkeys(["float32", *dtypes]):
+        a, b = (torch.randn(n, n).to(DTYPES[dtype]) for _ in "ab")
+        functions = {"torch": lambda a=a, b=b: a @ b}
+        if dtype == "float32" and torch.backends.mkldnn.is_available():
+            # a @ b goes to MKL, which does badly on some CPUs; oneDNN does not
+            functions["oneDNN"] = lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        best = min(timing.p10 for timing in interleaved(functions, seconds).values())
+        matmul[dtype] = 2 * n**3 / best
+    x = torch.ones(2**27)
+    return Ceilings(matmul, x.nbytes / interleaved({"sum": x.sum}, seconds)["sum"].p10)
+
+
+def conditions() -> dict:
+    """Machine and versions, without which a time means nothing."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.ops.lmkernels.cpu_isa() if lmkernels.backends()["native"] is None else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lmkernels": lmkernels.__version__,
+        "commit": _git("describe", "--always", "--dirty"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str | None:
+    run = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def table(rows: list[dict]) -> str:
+    """Rows with the same keys as aligned columns: numbers to the right, text to the left, nothing for None."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(key)) for key in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [any(isinstance(row.get(key), int | float) for row in rows) for key in header]
+
+    def line(texts: list[str]) -> str:
+        aligned = (
+            text.rjust(width) if to_the_right else text.ljust(width)
+            for text, width, to_the_right in zip(texts, widths, right, strict=True)
+        )
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _cell(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", default="", metavar="TEXT", help="only the cases whose group and name contain TEXT")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="may be given again (default: float32, bfloat16)"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="budget of each line of the table (default: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")

@@ -1,0 +1,124 @@
+"""attention against torch's scaled_dot_product_attention: forward, and forward with backward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from benchmarks import harness
+from lmkernels import attention
+from lmkernels.testing import cases, numerics
+
+PASSES = ("forward", "forward+backward")
+
+
+def run(options: harness.Options) -> list[dict]:
+    """One row per case, dtype and pass, and the geometric mean of every group."""
+    ceilings = harness.measure_ceilings(options.dtypes)
+    chosen = [
+        (group, case, dtype)
+        for group, members in cases.ATTENTION_BENCHMARKS.items()
+        for dtype in options.dtypes
+        for case in members
+        if options.cases in f"{group} {case.name}"
+    ]
+    if not chosen:
+        raise SystemExit(f"--cases {options.cases!r} matches no group and no case: {', '.join(map(str, every_case()))}")
+    rows = []
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    for group, case, dtype in tqdm(chosen, unit="case", file=sys.stderr):
+        error = wrong(case, harness.DTYPES[dtype])
+        for direction in passes(case):
+            name = f"{case.name} {dtype} {direction}"
+            if error:
+                rows.append({"name": name, "error": error})
+                continue
+            timings = harness.interleaved(competitors(case, harness.DTYPES[dtype], direction), options.seconds)
+            row = figures(case, dtype, direction, timings, ceilings)
+            ratios.setdefault((group, dtype, direction), []).append(row["ratio"])
+            rows.append({"name": name, **row})
+    means = [
+        {"name": f"geometric mean, {group} {dtype} {direction}", "ratio": round(harness.geometric_mean(values), 2)}
+        for (group, dtype, direction), values in ratios.items()
+    ]
+    return rows + means + ceilings.rows()
+
+
+def every_case() -> list[cases.AttentionCase]:
+    return [case for members in cases.ATTENTION_BENCHMARKS.values() for case in members]
+
+
+def passes(case: cases.AttentionCase) -> tuple[str, ...]:
+    """Nobody trains with one query."""
+    return PASSES if case.s_q > 1 else PASSES[:1]
+
+
+def wrong(case: cases.AttentionCase, dtype: torch.dtype) -> str | None:
+    """Why the results of this case are wrong, or None: all of the first heads against float64, by the tests' rule."""
+    inputs = case.make(dtype)
+    actual = numerics.attention_results(attention, inputs)
+    part = inputs.first_heads()
+    golden, plain = numerics.golden_attention(part), numerics.plain_attention_results(part)
+    for name, expected in golden.items():
+        b, s_or_h, h_or_s = expected.shape[:3]
+        try:
+            numerics.assert_as_accurate(
+                actual[name][:b, :s_or_h, :h_or_s], expected, plain[name], name, dtype=dtype, samples=part.rows
+            )
+        except AssertionError as error:
+            return str(error)
+    return None
+
+
+def competitors(case: cases.AttentionCase, dtype: torch.dtype, direction: str) -> dict[str, Callable[[], object]]:
+    """The calls to compare, each on tensors of its own in the layout that suits it."""
+    inputs = case.make(dtype)
+    backward = direction != "forward"
+    own = [inputs.q, inputs.k, inputs.v, inputs.dout]  # (b, s, h, d)
+    torchs = [x.transpose(1, 2).contiguous() for x in own]  # (b, h, s, d)
+
+    def ours(q, k, v):
+        return attention(q, k, v, causal=case.causal)
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.h_kv is not None)
+
+    def call(function, q, k, v, dout):
+        leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+        if backward:
+            return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+        return lambda: function(*leaves)
+
+    return {"ours": call(ours, *own), "SDPA": call(sdpa, *torchs)}
+
+
+def figures(
+    case: cases.AttentionCase,
+    dtype: str,
+    direction: str,
+    timings: dict[str, harness.Timing],
+    ceilings: harness.Ceilings,
+) -> dict:
+    d, d_v = case.d, case.d_v or case.d
+    pairs = case.b * case.h * case.visible_pairs()
+    flops, tensors = 2 * pairs * (d + d_v), 1
+    if direction != "forward":
+        # again q k^T, and dout v^T, dv, dq, dk; reads and writes what the forward did, the gradients too
+        flops, tensors = flops + 2 * pairs * (3 * d + 2 * d_v), 3
+    queries, keys = case.b * case.h * case.s_q, case.b * (case.h_kv or case.h) * case.s_k
+    bytes_moved = tensors * (queries + keys) * (d + d_v) * harness.DTYPES[dtype].itemsize
+    ours, sdpa = timings["ours"], timings["SDPA"]
+    return {
+        "unit": "ms",
+        "ours": round(ours.median * 1e3, 4),
+        "p10": round(ours.p10 * 1e3, 4),
+        "p90": round(ours.p90 * 1e3, 4),
+        "SDPA": round(sdpa.median * 1e3, 4),
+        "ratio": round(sdpa.median / ours.median, 2),
+        "GFLOP/s": round(flops / ours.median / 1e9, 1),
+        "% of ceiling": round(100 * ceilings.seconds(dtype, flops, bytes_moved) / ours.median, 1),
+    }
