@@ -23,33 +23,33 @@ struct ScoreMap {
 };
 
 struct AttentionArgs {
-  DType dtype;                         // of q, k, v, out, dout, dq, dk, dv
+  DType dtype;  // of q, k, v, out, dout, dq, dk, dv
   int64_t batch, heads, heads_kv, seq_q, seq_k, head_dim, head_dim_v;
   Heads q, k, v;
   ScoreMap mask, bias;
-  const float* slopes;                 // ALiBi, (batch or 1, heads); doubles for DType::f64, as are sink and lse
-  int64_t slopes_batch;                // 0 or heads
-  const float* sink;                   // (heads,)
-  const int32_t* kv_lengths;           // (batch,)
-  int64_t left, right, offset;         // query i sees i + offset - left <= j <= i + offset + right; -1 is unbounded
-  double scale, softcap, dropout_p;    // softcap 0 and dropout_p 0 are off
+  const float* slopes;               // ALiBi, (batch or 1, heads); doubles for DType::f64, as are sink and lse
+  int64_t slopes_batch;              // 0 or heads
+  const float* sink;                 // (heads,)
+  const int32_t* kv_lengths;         // (batch,)
+  int64_t left, right, offset;       // query i sees i + offset - left <= j <= i + offset + right; -1 is unbounded
+  double scale, softcap, dropout_p;  // softcap 0 and dropout_p 0 are off
   uint64_t seed;
 
   // forward
-  void* out;                           // (batch, seq_q, heads, head_dim_v), contiguous
-  void* lse;                           // (batch, heads, seq_q), float or double
-  int64_t rows_per_task;               // query rows of one task; results do not depend on it
-  int64_t keys_per_split;              // keys of one task of the split path
-  void* partial;                       // split path: one state per task, see attention_partial_size
+  void* out;               // (batch, seq_q, heads, head_dim_v), contiguous
+  void* lse;               // (batch, heads, seq_q), float or double
+  int64_t rows_per_task;   // query rows of one task; results do not depend on it
+  int64_t keys_per_split;  // keys of one task of the split path
+  void* partial;           // split path: one state per task, see attention_partial_size
 
   // backward
   Heads dout;
-  const void* dlse;                    // (batch, heads, seq_q), contiguous, or null
-  void *dq, *dk, *dv;                  // contiguous, in dtype
-  int64_t chunks;                      // tasks per key head; each owns every chunks-th block of keys
-  void* dq_partial;                    // (batch, heads_kv, chunks, heads / heads_kv * seq_q, padded head_dim)
-  void* dslopes_partial;               // (batch, heads_kv, chunks, heads / heads_kv) or null
-  void* dsink_partial;                 // (batch, heads) or null
+  const void* dlse;       // (batch, heads, seq_q), contiguous, or null
+  void *dq, *dk, *dv;     // contiguous, in dtype
+  int64_t chunks;         // tasks per key head; each owns every chunks-th block of keys
+  void* dq_partial;       // (batch, heads_kv, chunks, heads / heads_kv * seq_q, padded head_dim)
+  void* dslopes_partial;  // (batch, heads_kv, chunks, heads / heads_kv) or null
+  void* dsink_partial;    // (batch, heads) or null
 
   // gradient of the bias: (batch or 1, heads or 1, seq_q or 1, seq_k or 1), contiguous, in dtype of the bias
   void* dbias;
@@ -59,12 +59,12 @@ struct AttentionArgs {
 // Everything for one dtype and instruction set. Tasks are numbered from 0; scratch is aligned to 64 bytes, one per
 // thread. No function allocates, throws or starts threads.
 struct AttentionKernels {
-  int lanes;                                                     // of the accumulator type
-  int64_t accumulator_size;                                      // bytes
-  int64_t key_block;                                             // keys of one block of the backward
-  int64_t dbias_rows, dbias_keys;                                // of one task of the bias' gradient
+  int lanes;                       // of the accumulator type
+  int64_t accumulator_size;        // bytes
+  int64_t key_block;               // keys of one block of the backward
+  int64_t dbias_rows, dbias_keys;  // of one task of the bias' gradient
 
-  int64_t (*fwd_scratch)(const AttentionArgs&);                  // bytes
+  int64_t (*fwd_scratch)(const AttentionArgs&);                    // bytes
   void (*fwd)(const AttentionArgs&, int64_t task, void* scratch);  // batch * heads_kv * ceil(rows / rows_per_task)
 
   // Few rows and many keys: tasks are (batch, key head, split of the keys); finish takes batch * heads_kv tasks.

@@ -16,9 +16,9 @@ namespace {
 template <class M>
 constexpr AttentionKernels kernels_of() {
   using T = typename M::Acc;
-  return {M::V::kLanes,   sizeof(T),    kBwdKeys,         kBwdRows, kBwdKeys,
-          fwd_scratch<M>, fwd<M>,       split_scratch<T>, split<T>, split_finish<T>,
-          bwd_scratch<M>, bwd<M>,       bwd_finish<M>,    dbias_scratch<M>, dbias<M>};
+  return {M::V::kLanes,   sizeof(T), kBwdKeys,         kBwdRows,         kBwdKeys,
+          fwd_scratch<M>, fwd<M>,    split_scratch<T>, split<T>,         split_finish<T>,
+          bwd_scratch<M>, bwd<M>,    bwd_finish<M>,    dbias_scratch<M>, dbias<M>};
 }
 
 #if LMK_BF16_DOT

@@ -16,12 +16,12 @@ template <class M>
 struct GradScratch {
   using T = typename M::Acc;
   using E = typename M::Elem;
-  int64_t q_ld, v_ld;            // of packed rows: elements along the head
-  int64_t q_wide, v_wide;        // of rows padded to whole vectors
-  E *q, *dout;                   // rows (kBwdRows, ld), the A of the products for S and dP
-  E *k_columns, *v_columns;      // blocks of keys and values by columns
+  int64_t q_ld, v_ld;        // of packed rows: elements along the head
+  int64_t q_wide, v_wide;    // of rows padded to whole vectors
+  E *q, *dout;               // rows (kBwdRows, ld), the A of the products for S and dP
+  E *k_columns, *v_columns;  // blocks of keys and values by columns
   E* buffer;
-  T *s, *dp, *capped;            // (kBwdRows, kBwdKeys); become P and dS
+  T *s, *dp, *capped;  // (kBwdRows, kBwdKeys); become P and dS
 
   GradScratch(const AttentionArgs& a, Arena& arena) {
     q_wide = round_up(a.head_dim, M::V::kLanes);
@@ -105,9 +105,11 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
   T* s_rows = w.s + r0 * kBwdKeys + span.begin;
   T* dp_rows = w.dp + r0 * kBwdKeys + span.begin;
   gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, w.k_columns + span.begin * q_depth, kPanel, kPanel * q_depth,
-                        s_rows, kBwdKeys, q_depth, nullptr}, n, width / kLanes);
-  gemm<M, Start::zero>({w.dout + r0 * w.v_ld, w.v_ld, 1, w.v_columns + span.begin * v_depth, kPanel,
-                        kPanel * v_depth, dp_rows, kBwdKeys, v_depth, nullptr}, n, width / kLanes);
+                        s_rows, kBwdKeys, q_depth, nullptr},
+                       n, width / kLanes);
+  gemm<M, Start::zero>({w.dout + r0 * w.v_ld, w.v_ld, 1, w.v_columns + span.begin * v_depth, kPanel, kPanel * v_depth,
+                        dp_rows, kBwdKeys, v_depth, nullptr},
+                       n, width / kLanes);
   const V factor = V::set1(T(exponent_factor(a)));
   for (int64_t r = 0; r < n; ++r) {
     const Row& row = rows[r0 + r];
@@ -143,12 +145,12 @@ template <class M>
 struct BwdScratch : GradScratch<M> {
   using T = typename M::Acc;
   using E = typename M::Elem;
-  E* k_rows;                      // block of keys, the B of dQ
-  E *q_depth, *dout_depth;        // rows as the B of dK and dV; where kPack is 1 they are q and dout
-  E *p_depth, *ds_depth, *ds;     // P and dS as pairs of rows, dS as pairs of keys, where kPack is 2
-  T *dk, *dv;                     // (kBwdKeys, wide)
-  T *lse, *delta;                 // (rows of the key head,)
-  T* dq;                          // (rows of the key head, q_wide), the caller's
+  E* k_rows;                   // block of keys, the B of dQ
+  E *q_depth, *dout_depth;     // rows as the B of dK and dV; where kPack is 1 they are q and dout
+  E *p_depth, *ds_depth, *ds;  // P and dS as pairs of rows, dS as pairs of keys, where kPack is 2
+  T *dk, *dv;                  // (kBwdKeys, wide)
+  T *lse, *delta;              // (rows of the key head,)
+  T* dq;                       // (rows of the key head, q_wide), the caller's
   int64_t bytes;
 
   static BwdScratch make(const AttentionArgs& a, void* base) {
@@ -199,7 +201,8 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
     const int64_t count = n - r0 < kTileRows ? n - r0 : kTileRows;
     Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
     if (span.empty()) span = {all.begin, all.begin};
-    if (!span.empty()) grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, false);
+    if (!span.empty())
+      grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, false);
     for (int64_t r = r0; r < r0 + count; ++r)
       for (T* x : {w.s + r * kBwdKeys, w.dp + r * kBwdKeys}) {
         for (int64_t c = all.begin; c < span.begin; ++c) x[c] = 0;
@@ -219,9 +222,10 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
         M::pack_row(w.dp + r * kBwdKeys + all.begin, width, w.ds + (r * kBwdKeys + all.begin) / 2);
     }
     if (!span.empty())
-      gemm<M, Start::add>({w.ds + (r0 * kBwdKeys + span.begin) / kPack, kBwdKeys / kPack, 1,
-                           w.k_rows + span.begin / kPack * w.q_wide, w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide,
-                           (span.end - span.begin) / kPack, nullptr}, count, w.q_wide / kLanes);
+      gemm<M, Start::add>(
+          {w.ds + (r0 * kBwdKeys + span.begin) / kPack, kBwdKeys / kPack, 1, w.k_rows + span.begin / kPack * w.q_wide,
+           w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide, (span.end - span.begin) / kPack, nullptr},
+          count, w.q_wide / kLanes);
   }
   if constexpr (kPack == 2) {
     const void* sources[kBwdRows];
@@ -231,10 +235,12 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
     pack_depth<M>(a.dtype, sources, n, a.head_dim_v, w.dout_depth, w.v_wide);
   }
   const int64_t depth = (n + kPack - 1) / kPack, keys = all.end - all.begin;
-  gemm<M, Start::add>({w.p_depth + all.begin, 1, kBwdKeys, w.dout_depth, w.v_wide, kPanel,
-                       w.dv + all.begin * w.v_wide, w.v_wide, depth, nullptr}, keys, w.v_wide / kLanes);
-  gemm<M, Start::add>({w.ds_depth + all.begin, 1, kBwdKeys, w.q_depth, w.q_wide, kPanel,
-                       w.dk + all.begin * w.q_wide, w.q_wide, depth, nullptr}, keys, w.q_wide / kLanes);
+  gemm<M, Start::add>({w.p_depth + all.begin, 1, kBwdKeys, w.dout_depth, w.v_wide, kPanel, w.dv + all.begin * w.v_wide,
+                       w.v_wide, depth, nullptr},
+                      keys, w.v_wide / kLanes);
+  gemm<M, Start::add>({w.ds_depth + all.begin, 1, kBwdKeys, w.q_depth, w.q_wide, kPanel, w.dk + all.begin * w.q_wide,
+                       w.q_wide, depth, nullptr},
+                      keys, w.q_wide / kLanes);
 }
 
 // dk and dv of a block, scaled and rounded.
@@ -263,8 +269,8 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
   memset(w.dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
   T* dslopes = a.dslopes_partial ? static_cast<T*>(a.dslopes_partial) + task * head.group : nullptr;
   for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
-  T* dsink = a.dsink_partial && chunk == 0
-                 ? static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group : nullptr;
+  T* dsink = a.dsink_partial && chunk == 0 ? static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group
+                                           : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
   Row row;
   for (int64_t r = 0; r < head.rows; ++r) {

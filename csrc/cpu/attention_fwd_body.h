@@ -57,6 +57,28 @@ typename M::Acc weights_row(typename M::Acc* s, int64_t n, typename M::Acc facto
   return reduce_add(sum);
 }
 
+#if LMK_BF16_DOT
+// The same, with the weights as pairs in p (n / 2,) instead.
+inline float weight_pairs_row(const float* s, int64_t n, float factor, float shift, uint32_t* p) {
+  using V = Vec<float>;
+  const V f = V::set1(factor), c = V::set1(shift);
+  V sum_even = V::zero(), sum_odd = V::zero();
+  int64_t j = 0;
+  for (; j + 32 <= n; j += 32) {
+    const V even = MathBf16::exp2(fma(V::load(s + j), f, c)), odd = MathBf16::exp2(fma(V::load(s + j + 16), f, c));
+    MathBf16::store_pairs(even, odd, p + j / 2);
+    sum_even = sum_even + even;
+    sum_odd = sum_odd + odd;
+  }
+  if (j < n) {
+    const V even = MathBf16::exp2(fma(V::load(s + j), f, c));
+    MathBf16::store_pairs(even, p + j / 2);
+    sum_even = sum_even + even;
+  }
+  return reduce_add(sum_even + sum_odd);
+}
+#endif
+
 // The running maxima m (n,) take in the new ones, top (n,) (times factor); correction is what sums so far are
 // multiplied by, shift what goes into the exponent of the new weights. All in whole vectors.
 template <class T>
@@ -133,8 +155,8 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   if (span.empty()) return;
   const int64_t width = span.end - span.begin;
   const typename M::Elem* keys = w.k + span.begin * w.q_ld;
-  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, keys, kPanel, kPanel * w.q_ld, w.s, kFwdKeys, w.q_ld, nullptr},
-                       n, width / M::V::kLanes);
+  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, keys, kPanel, kPanel * w.q_ld, w.s, kFwdKeys, w.q_ld, nullptr}, n,
+                       width / M::V::kLanes);
   const T factor = T(exponent_factor(a));
   const int64_t first_key = j0 + span.begin;
   T top[kRowVecs] = {}, m[kRowVecs] = {}, correction[kRowVecs], shift[kRowVecs];
@@ -147,12 +169,27 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   for (int64_t r = 0; r < n; ++r) {
     T* s = w.s + r * kFwdKeys;
     w.m[r0 + r] = m[r];
-    w.l[r0 + r] = w.l[r0 + r] * correction[r] + weights_row<M>(s, width, factor, shift[r]);
-    if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
-    if constexpr (M::kPack == 2) M::pack_row(s, width, w.p + r * kFwdKeys / 2);
+    T sum;
+    if constexpr (M::kPack == 2) {
+      typename M::Elem* p = w.p + r * kFwdKeys / 2;
+      if (a.dropout_p > 0) {
+        sum = weights_row<M>(s, width, factor, shift[r]);
+        apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+        M::pack_row(s, width, p);
+      } else {
+        sum = weight_pairs_row(s, width, factor, shift[r], p);
+      }
+    } else {
+      sum = weights_row<M>(s, width, factor, shift[r]);
+      if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+    }
+    w.l[r0 + r] = w.l[r0 + r] * correction[r] + sum;
   }
   const typename M::Elem* p;
-  if constexpr (M::kPack == 2) p = w.p; else p = w.s;
+  if constexpr (M::kPack == 2)
+    p = w.p;
+  else
+    p = w.s;
   gemm<M, Start::scale_and_add>({p, kFwdKeys / M::kPack, 1, w.v + span.begin / M::kPack * w.o_ld, w.o_ld, kPanel,
                                  w.o + r0 * w.o_ld, w.o_ld, width / M::kPack, correction},
                                 n, w.o_ld / M::V::kLanes);
@@ -206,8 +243,7 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
     T inverse[kFwdRows];
     rows_of(a, head, first_row + r0, count, group);
     finish_rows(a, head.b, group, count, w.m + r0, w.l + r0, inverse);
-    for (int64_t r = 0; r < count; ++r)
-      store_out(a, head.b, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
+    for (int64_t r = 0; r < count; ++r) store_out(a, head.b, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
   }
 }
 
@@ -332,8 +368,7 @@ void split_finish(const AttentionArgs& a, int64_t task) {
       const T top = m > next.m[r] ? m : next.m[r];
       const T old_scale = exp2_one(m - top), new_scale = exp2_one(next.m[r] - top);
       l = l * old_scale + next.l[r] * new_scale;
-      for (int64_t c = 0; c < first.o_ld; ++c)
-        o[c] = o[c] * old_scale + next.o[r * first.o_ld + c] * new_scale;
+      for (int64_t c = 0; c < first.o_ld; ++c) o[c] = o[c] * old_scale + next.o[r * first.o_ld + c] * new_scale;
       m = top;
     }
     T inverse;

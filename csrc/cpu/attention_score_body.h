@@ -72,8 +72,8 @@ inline const void* at(DType dtype, const Heads& x, int64_t b, int64_t s, int64_t
   return static_cast<const char*>(x.data) + (b * x.batch + s * x.seq + h * x.head) * element_size(dtype);
 }
 
-// Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent, where
-// it must be normal in float: 0 times the -inf of a hidden key would be NaN.
+// Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent,
+// where it must be normal in float: 0 times the -inf of a hidden key would be NaN.
 inline bool has_features(const AttentionArgs& a) {
   return a.softcap > 0 || a.slopes || a.bias.data || a.mask.data || !(a.scale > 1e-30);
 }
@@ -109,8 +109,7 @@ void add_bias(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int
 template <class T>
 void apply_mask(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s) {
   const ScoreMap& m = a.mask;
-  const uint8_t* see =
-      static_cast<const uint8_t*>(m.data) + b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  const uint8_t* see = static_cast<const uint8_t*>(m.data) + b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
   const T hidden = -std::numeric_limits<T>::infinity();
   if (m.k == 1) {
     for (int64_t j = 0; j < n; ++j) s[j] = see[j] ? s[j] : hidden;

@@ -63,11 +63,16 @@ void run_tasks(int64_t count, int64_t scratch_bytes, double flops, const F& task
 
 lmk::DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return lmk::DType::f32;
-    case ScalarType::BFloat16: return lmk::DType::bf16;
-    case ScalarType::Half: return lmk::DType::f16;
-    case ScalarType::Double: return lmk::DType::f64;
-    default: break;
+    case ScalarType::Float:
+      return lmk::DType::f32;
+    case ScalarType::BFloat16:
+      return lmk::DType::bf16;
+    case ScalarType::Half:
+      return lmk::DType::f16;
+    case ScalarType::Double:
+      return lmk::DType::f64;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
   return lmk::DType::f32;
@@ -107,8 +112,8 @@ const float* accumulator_data(const OptionalTensor& x, const Tensor& q, int64_t 
 lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                                   const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
                                   const OptionalTensor& sink, const OptionalTensor& kv_lengths,
-                                  const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset,
-                                  double scale, double softcap, double dropout_p) {
+                                  const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset, double scale,
+                                  double softcap, double dropout_p) {
   for (const Tensor* x : {&q, &k, &v})
     STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
                     "q, k and v must be CPU tensors of 4 axes and one dtype");
@@ -186,7 +191,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   const int64_t cached = kCacheBytes / ((a.head_dim + a.head_dim_v) * kernels.accumulator_size);
   const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
   const int64_t per_head = std::max<int64_t>(1, (wanted + key_heads - 1) / key_heads);
-  a.rows_per_task = std::clamp((rows + per_head - 1) / per_head, kLeastRows, std::min(kMostRows, std::max(kLeastRows, cached)));
+  a.rows_per_task =
+      std::clamp((rows + per_head - 1) / per_head, kLeastRows, std::min(kMostRows, std::max(kLeastRows, cached)));
   const int64_t tasks = key_heads * ((rows + a.rows_per_task - 1) / a.rows_per_task);
   run_tasks(tasks, kernels.fwd_scratch(a), flops,
             // the last rows of a causal triangle are the longest: they go first
@@ -230,9 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dk = torch::stable::new_empty(k, {a.batch, a.seq_k, a.heads_kv, a.head_dim});
   Tensor dv = torch::stable::new_empty(v, {a.batch, a.seq_k, a.heads_kv, a.head_dim_v});
   need_dbias &= bias.has_value(), need_dslopes &= alibi_slopes.has_value(), need_dsink &= sink.has_value();
-  Tensor dbias = need_dbias ? torch::stable::new_empty(
-                                  *bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)})
-                            : torch::stable::new_empty(q, {0});
+  Tensor dbias = need_dbias
+                     ? torch::stable::new_empty(*bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)})
+                     : torch::stable::new_empty(q, {0});
   const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
   const int64_t key_heads = a.batch * a.heads_kv, group = a.heads_kv ? a.heads / a.heads_kv : 0;
   if (lse.numel() == 0 || k.numel() == 0) {
@@ -254,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const double flops = 2.5 * attention_flops(a);
   run_tasks(key_heads * a.chunks, kernels.bwd_scratch(a), flops,
             [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
-  run_tasks(key_heads, 0, 8.0 * a.chunks * double(dq.numel()), [&](int64_t task, void*) { kernels.bwd_finish(a, task); });
+  run_tasks(key_heads, 0, 8.0 * a.chunks * double(dq.numel()),
+            [&](int64_t task, void*) { kernels.bwd_finish(a, task); });
   if (need_dslopes) {
     const bool per_batch = a.slopes_batch > 0;
     const int64_t over_chunks[] = {2}, over_batch_too[] = {0, 2}, shape[] = {a.batch, a.heads}, flat[] = {a.heads};

@@ -33,19 +33,28 @@ struct MathBf16 {
   static V dot(V acc, B a, B b) { return {_mm512_dpbf16_ps(acc.v, a, b)}; }
   static V exp2(V x) { return exp2_bf16(x); }
 
+  // 32 or 16 neighbours as pairs
+  static void store_pairs(V a, V b, Elem* dst) {
+    _mm512_storeu_si512(dst, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+  }
+  static void store_pairs(V a, Elem* dst) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  }
+
   // dst (n / 2,): neighbours in x (n,) as pairs; n is a multiple of 16
   static void pack_row(const float* x, int64_t n, Elem* dst) {
     int64_t i = 0;
-    for (; i + 32 <= n; i += 32)
-      _mm512_storeu_si512(dst + i / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i))));
-    if (i < n) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i / 2), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i))));
+    for (; i + 32 <= n; i += 32) store_pairs(V::load(x + i), V::load(x + i + 16), dst + i / 2);
+    if (i < n) store_pairs(V::load(x + i), dst + i / 2);
   }
 
   // dst (n,): element c of two rows as a pair; n is a multiple of 16
   static void pack_row_pair(const float* even, const float* odd, int64_t n, Elem* dst) {
     for (int64_t i = 0; i < n; i += 16) {
-      const __m512i low = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(even + i))));
-      const __m512i high = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(odd + i))));
+      const __m512i low =
+          _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(even + i))));
+      const __m512i high =
+          _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(odd + i))));
       _mm512_storeu_si512(dst + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
@@ -65,12 +74,12 @@ enum class Start { zero, add, scale_and_add };  // C = A B; C += A B; C = factor
 template <class M>
 struct GemmArgs {
   const typename M::Elem* a;
-  int64_t a_row, a_depth;       // strides of A in elements
+  int64_t a_row, a_depth;  // strides of A in elements
   const typename M::Elem* b;
-  int64_t b_depth, b_panel;     // strides of B: to the next depth, and to the next panel of kTileVecs vectors
+  int64_t b_depth, b_panel;  // strides of B: to the next depth, and to the next panel of kTileVecs vectors
   typename M::Acc* c;
   int64_t c_row;
-  int64_t depth;                // in elements
+  int64_t depth;                  // in elements
   const typename M::Acc* factor;  // (rows,), for scale_and_add
 };
 
@@ -115,11 +124,16 @@ void gemm_panel(const GemmArgs<M>& g, int64_t rows, int64_t col, const typename 
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) gemm_tile<M, kStart, kTileRows, kVecs>(g, row, col, b);
   switch (rows - row) {
-    case 1: return gemm_tile<M, kStart, 1, kVecs>(g, row, col, b);
-    case 2: return gemm_tile<M, kStart, 2, kVecs>(g, row, col, b);
-    case 3: return gemm_tile<M, kStart, 3, kVecs>(g, row, col, b);
-    case 4: return gemm_tile<M, kStart, 4, kVecs>(g, row, col, b);
-    case 5: return gemm_tile<M, kStart, 5, kVecs>(g, row, col, b);
+    case 1:
+      return gemm_tile<M, kStart, 1, kVecs>(g, row, col, b);
+    case 2:
+      return gemm_tile<M, kStart, 2, kVecs>(g, row, col, b);
+    case 3:
+      return gemm_tile<M, kStart, 3, kVecs>(g, row, col, b);
+    case 4:
+      return gemm_tile<M, kStart, 4, kVecs>(g, row, col, b);
+    case 5:
+      return gemm_tile<M, kStart, 5, kVecs>(g, row, col, b);
   }
 }
 
@@ -134,11 +148,19 @@ void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
     const int64_t width = in_rows ? (left + panels - 1) / panels : (left < kTileVecs ? left : kTileVecs);
     const typename M::Elem* b = in_rows ? g.b + n * kLanes : g.b + n / kTileVecs * g.b_panel;
     switch (width) {
-      case 1: gemm_panel<M, kStart, 1>(g, rows, n * kLanes, b); break;
-      case 2: gemm_panel<M, kStart, 2>(g, rows, n * kLanes, b); break;
+      case 1:
+        gemm_panel<M, kStart, 1>(g, rows, n * kLanes, b);
+        break;
+      case 2:
+        gemm_panel<M, kStart, 2>(g, rows, n * kLanes, b);
+        break;
 #if LMK_LANES == 16
-      case 3: gemm_panel<M, kStart, 3>(g, rows, n * kLanes, b); break;
-      case 4: gemm_panel<M, kStart, 4>(g, rows, n * kLanes, b); break;
+      case 3:
+        gemm_panel<M, kStart, 3>(g, rows, n * kLanes, b);
+        break;
+      case 4:
+        gemm_panel<M, kStart, 4>(g, rows, n * kLanes, b);
+        break;
 #endif
     }
     n += width;

@@ -101,10 +101,15 @@ T load_one(DType dtype, const void* src, int64_t index) {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+#if LMK_BF16_DOT
 inline void copy_pairs(const void* src, int64_t n, uint32_t* dst) {
-  const char* p = static_cast<const char*>(src);
-  for (int64_t i = 0; i < n; ++i) memcpy(dst + i, p + 4 * i, 4);
+  const uint32_t* p = static_cast<const uint32_t*>(src);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+    _mm512_mask_storeu_epi32(dst + i, lanes, _mm512_maskz_loadu_epi32(lanes, p + i));
+  }
 }
+#endif
 
 // Packed rows, the A of a product: dst (n, ld) elements, zero beyond n_cols.
 template <class M>

@@ -100,24 +100,24 @@ struct Vec<double> : GenericVec<double, D2, L2, int64_t, 2> {
 #endif
 
 // The operators stand outside the struct: gcc gives friends defined inside it the baseline target.
-#define LMK_DEFINE_VEC(T, Reg, suffix, lanes)                                                        \
-  template <>                                                                                        \
-  struct Vec<T> {                                                                                    \
-    static constexpr int kLanes = lanes;                                                             \
-    Reg v;                                                                                           \
-    static Vec set1(T x) { return {LMK_SIMD(set1, suffix)(x)}; }                                     \
-    static Vec zero() { return {LMK_SIMD(setzero, suffix)()}; }                                      \
-    static Vec load(const T* p) { return {LMK_SIMD(loadu, suffix)(p)}; }                             \
-    void store(T* p) const { LMK_SIMD(storeu, suffix)(p, v); }                                       \
-  };                                                                                                 \
-  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return {LMK_SIMD(add, suffix)(a.v, b.v)}; }          \
-  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return {LMK_SIMD(sub, suffix)(a.v, b.v)}; }          \
-  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return {LMK_SIMD(mul, suffix)(a.v, b.v)}; }          \
-  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return {LMK_SIMD(div, suffix)(a.v, b.v)}; }          \
-  /* a * b + c */                                                                                    \
+#define LMK_DEFINE_VEC(T, Reg, suffix, lanes)                                                          \
+  template <>                                                                                          \
+  struct Vec<T> {                                                                                      \
+    static constexpr int kLanes = lanes;                                                               \
+    Reg v;                                                                                             \
+    static Vec set1(T x) { return {LMK_SIMD(set1, suffix)(x)}; }                                       \
+    static Vec zero() { return {LMK_SIMD(setzero, suffix)()}; }                                        \
+    static Vec load(const T* p) { return {LMK_SIMD(loadu, suffix)(p)}; }                               \
+    void store(T* p) const { LMK_SIMD(storeu, suffix)(p, v); }                                         \
+  };                                                                                                   \
+  inline Vec<T> operator+(Vec<T> a, Vec<T> b) { return {LMK_SIMD(add, suffix)(a.v, b.v)}; }            \
+  inline Vec<T> operator-(Vec<T> a, Vec<T> b) { return {LMK_SIMD(sub, suffix)(a.v, b.v)}; }            \
+  inline Vec<T> operator*(Vec<T> a, Vec<T> b) { return {LMK_SIMD(mul, suffix)(a.v, b.v)}; }            \
+  inline Vec<T> operator/(Vec<T> a, Vec<T> b) { return {LMK_SIMD(div, suffix)(a.v, b.v)}; }            \
+  /* a * b + c */                                                                                      \
   inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) { return {LMK_SIMD(fmadd, suffix)(a.v, b.v, c.v)}; } \
-  /* b where either is NaN */                                                                        \
-  inline Vec<T> max(Vec<T> a, Vec<T> b) { return {LMK_SIMD(max, suffix)(a.v, b.v)}; }                \
+  /* b where either is NaN */                                                                          \
+  inline Vec<T> max(Vec<T> a, Vec<T> b) { return {LMK_SIMD(max, suffix)(a.v, b.v)}; }                  \
   inline Vec<T> min(Vec<T> a, Vec<T> b) { return {LMK_SIMD(min, suffix)(a.v, b.v)}; }
 LMK_DEFINE_VEC(float, LMK_REG_F, ps, LMK_LANES)
 LMK_DEFINE_VEC(double, LMK_REG_D, pd, LMK_LANES / 2)
@@ -145,8 +145,12 @@ inline Vec<double> select_less(Vec<double> a, Vec<double> b, Vec<double> x, Vec<
 
 #if LMK_LANES == 8
 
-inline Vec<float> round_small(Vec<float> x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Vec<double> round_small(Vec<double> x) { return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec<float> round_small(Vec<float> x) {
+  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec<double> round_small(Vec<double> x) {
+  return {_mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 
 // x * 2^n for integral n in [-126, 127]
 inline Vec<float> scale_by_power(Vec<float> x, Vec<float> n) {
@@ -181,8 +185,12 @@ inline double reduce_max(Vec<double> a) {
 
 #else
 
-inline Vec<float> round_small(Vec<float> x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline Vec<double> round_small(Vec<double> x) { return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec<float> round_small(Vec<float> x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec<double> round_small(Vec<double> x) {
+  return {_mm512_roundscale_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
 inline Vec<float> scale_by_power(Vec<float> x, Vec<float> n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec<double> scale_by_power(Vec<double> x, Vec<double> n) { return {_mm512_scalef_pd(x.v, n.v)}; }
 inline float reduce_add(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
