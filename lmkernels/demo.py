@@ -27,8 +27,7 @@ OPTIONS = {
     "eval_windows": 64,
     "save_every": 500,
 }
-PROMPTS = ('class Stack:
-    """', "    def __init__(self, ")
+PROMPTS = ('class Stack:\n    """', "    def __init__(self, ")
 
 
 def main(argv: list[str] | None = None) -> int:

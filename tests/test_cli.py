@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import lmkernels
+from lmkernels import demo
 from lmkernels.cli import main
 
 SIZES = [
@@ -204,3 +205,18 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_demo_runs_twice_and_tells_where_everything_lies(tmp_path, corpus, monkeypatch, capsys):
+    sizes = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(SIZES[::2], SIZES[1::2])}
+    monkeypatch.setattr(demo, "OPTIONS", sizes | {"corpus": corpus, "block_size": 128})
+    rows = [
+        {"name": "a step", "ours": 2000.0, "plain torch": 1000.0, "unit": "tokens/s", "ratio": 2.0},
+        {"name": "a wrong step", "error": "result 0 differs"},
+    ]
+    monkeypatch.setattr(demo, "comparison", lambda: demo.table(rows))
+    for _ in range(2):
+        assert demo.main(["--out", str(tmp_path), "--minutes", "0.002"]) == 0
+        text = capsys.readouterr().out
+        assert "2,000" in text and "2.00x" in text and "result 0 differs" in text and "class Stack:" in text
+        assert str(tmp_path / "run" / "loss.png") in text and (tmp_path / "run" / "loss.png").exists()

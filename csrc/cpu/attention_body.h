@@ -7,6 +7,7 @@
 #include "philox.h"
 #include "attention_score_body.h"
 #include "attention_fwd_body.h"
+#include "attention_split_body.h"
 #include "attention_bwd_body.h"
 
 namespace lmk {

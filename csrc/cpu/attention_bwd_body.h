@@ -287,8 +287,8 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
   for (int64_t j0 = chunk * kBwdKeys; j0 < a.seq_k; j0 += a.chunks * kBwdKeys) {
     const int64_t stored = a.seq_k - j0 < kBwdKeys ? a.seq_k - j0 : kBwdKeys;
     const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;  // the rest is hidden by kv_lengths
-    memset(w.dk, 0, size_t(kBwdKeys * w.q_wide) * sizeof(T));
-    memset(w.dv, 0, size_t(kBwdKeys * w.v_wide) * sizeof(T));
+    memset(w.dk, 0, size_t(round_up(stored, M::V::kLanes) * w.q_wide) * sizeof(T));
+    memset(w.dv, 0, size_t(round_up(stored, M::V::kLanes) * w.v_wide) * sizeof(T));
     if (block > 0) {
       grad_keys<M>(a, head, w, j0, block, sources);
       pack_depth<M>(a.dtype, sources, block, a.head_dim, w.k_rows, w.q_wide);

@@ -78,8 +78,13 @@ lmk::DType dtype_of(const Tensor& x) {
   return lmk::DType::f32;
 }
 
+// x itself where its last axis is contiguous, which is all that the kernels ask for, else a copy.
+Tensor dense(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "q, k, v, out and dout must be CPU tensors of 4 axes");
+  return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
+}
+
 lmk::Heads heads_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "the last axis must be contiguous");
   return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
@@ -115,8 +120,7 @@ lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor
                                   const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset, double scale,
                                   double softcap, double dropout_p) {
   for (const Tensor* x : {&q, &k, &v})
-    STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
-                    "q, k and v must be CPU tensors of 4 axes and one dtype");
+    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
   lmk::AttentionArgs a{};
   a.dtype = dtype_of(q);
   a.batch = q.size(0), a.seq_q = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3);
@@ -155,11 +159,12 @@ double attention_flops(const lmk::AttentionArgs& a) {
   return 2.0 * a.batch * a.heads * a.seq_q * a.seq_k * (a.head_dim + a.head_dim_v);
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& mask,
                                          const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
                                          const OptionalTensor& sink, const OptionalTensor& kv_lengths,
                                          const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset,
                                          double scale, double softcap, double dropout_p) {
+  const Tensor q = dense(q_), k = dense(k_), v = dense(v_);
   lmk::AttentionArgs a = attention_args(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
                                         scale, softcap, dropout_p);
   Tensor out = torch::stable::new_empty(q, {a.batch, a.seq_q, a.heads, a.head_dim_v});
@@ -213,15 +218,17 @@ int64_t backward_chunks(const lmk::AttentionArgs& a, const lmk::AttentionKernels
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    const OptionalTensor& dout_, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const OptionalTensor& dout_, const OptionalTensor& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
     const Tensor& out, const Tensor& lse, const OptionalTensor& mask, const OptionalTensor& bias,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sink, const OptionalTensor& kv_lengths,
     const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset, double scale, double softcap,
     double dropout_p, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic) {
+  const Tensor q = dense(q_), k = dense(k_), v = dense(v_);
+  const OptionalTensor dlse = dlse_ ? OptionalTensor(torch::stable::contiguous(*dlse_)) : dlse_;
   lmk::AttentionArgs a = attention_args(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
                                         scale, softcap, dropout_p);
   const ScalarType acc = accumulator(q);
-  const Tensor dout = dout_ ? *dout_ : torch::stable::new_zeros(out, {a.batch, a.seq_q, a.heads, a.head_dim_v});
+  const Tensor dout = dout_ ? dense(*dout_) : torch::stable::new_zeros(out, {a.batch, a.seq_q, a.heads, a.head_dim_v});
   for (const Tensor* x : {&out, &dout})
     STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type() && x->size(0) == a.batch &&
                         x->size(1) == a.seq_q && x->size(2) == a.heads && x->size(3) == a.head_dim_v,

@@ -58,7 +58,19 @@ void load_row(DType dtype, const void* src, int64_t n, T* dst) {
     copy_row(src, n, dst);
   } else if (dtype == DType::bf16) {
     const uint16_t* p = static_cast<const uint16_t*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = from_bits(uint32_t(p[i]) << 16);
+    int64_t i = 0;
+#if LMK_LANES == 16
+    for (; i + 16 <= n; i += 16) {
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
+      _mm512_storeu_ps(dst + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+    }
+#elif LMK_LANES == 8
+    for (; i + 8 <= n; i += 8) {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+      _mm256_storeu_ps(dst + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+    }
+#endif
+    for (; i < n; ++i) dst[i] = from_bits(uint32_t(p[i]) << 16);
   } else {
     const uint16_t* p = static_cast<const uint16_t*>(src);
     int64_t i = 0;

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-from functools import lru_cache
 
 import pytest
 import torch
@@ -24,35 +24,37 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@lru_cache(maxsize=8)
-def expected(case, dtype, device):
-    """Inputs, float64 results and plain torch's results; computed once for all backends."""
-    inputs = case.make(dtype, device=device)
-    return inputs, numerics.golden_attention(inputs), numerics.plain_attention_results(inputs)
+def samples(case: cases.AttentionCase, dtype: torch.dtype, device: str) -> list[cases.AttentionInputs]:
+    """Several inputs where a result has so few elements (sink: 4) that the error of one of them is chance."""
+    first = case.make(dtype, device=device)
+    smallest = min(x.numel() for x in (first.dlse, *first.differentiable().values()))
+    return [first, *(case.make(dtype, seed, device) for seed in range(1, min(8, math.ceil(64 / smallest))))]
 
 
-def assert_all_as_accurate(actual, golden, plain, dtype, samples):
-    """Every result and gradient by the rule; one message for all that break it."""
-    errors = []
-    for name in golden:
-        try:
-            numerics.assert_as_accurate(actual[name], golden[name], plain[name], name, dtype=dtype, samples=samples)
-        except AssertionError as error:
-            errors.append(str(error))
-    assert not errors, "\n".join(errors)
+def stacked(results: list[dict]) -> dict:
+    return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
 def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs, golden, plain = expected(case, dtype, device)
-    actual = numerics.attention_results(attention, inputs, backend=backend)
-    assert_all_as_accurate(actual, golden, plain, dtype, inputs.rows)
+    inputs = samples(case, dtype, device)
+    actual = stacked([numerics.attention_results(attention, x, backend=backend) for x in inputs])
+    golden = stacked([numerics.golden_attention(x) for x in inputs])
+    plain = stacked([numerics.plain_attention_results(x) for x in inputs])
     assert {name: x.dtype for name, x in actual.items()} == {
         "out": dtype,
         "lse": torch.promote_types(dtype, torch.float32),
-        **{f"d{name}": x.dtype for name, x in inputs.differentiable().items()},
+        **{f"d{name}": x.dtype for name, x in inputs[0].differentiable().items()},
     }
+    rows = sum(x.rows for x in inputs)
+    errors = []
+    for name in golden:
+        try:
+            numerics.assert_as_accurate(actual[name], golden[name], plain[name], name, dtype=dtype, samples=rows)
+        except AssertionError as error:
+            errors.append(str(error))
+    assert not errors, "\n".join(errors)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -124,17 +126,16 @@ def test_a_model_around_it_compiles(native, fresh_compiler):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype, backend):
     inputs = CASE["bias per head"].make(torch.float32)
-    with torch.autocast("cpu", dtype):
-        actual = numerics.attention_results(
-            attention,
-            cases.AttentionInputs(inputs.q, inputs.k, inputs.v, inputs.dout.to(dtype), inputs.dlse, inputs.options),
-            backend=backend,
-        )
+    inputs = replace(inputs, dout=inputs.dout.to(dtype))
+
+    def under_autocast(*arguments, **options):
+        with torch.autocast("cpu", dtype):
+            return attention(*arguments, **options)
+
+    actual = numerics.attention_results(under_autocast, inputs, backend=backend)
     assert actual["out"].dtype == dtype and actual["lse"].dtype == torch.float32
     assert all(actual[f"d{name}"].dtype == torch.float32 for name in inputs.differentiable())
-    narrow = cases.AttentionInputs(
-        *(x.to(dtype) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)), inputs.dlse, inputs.options
-    )
+    narrow = replace(inputs, **{name: getattr(inputs, name).to(dtype) for name in "qkv"})
     expected = numerics.attention_results(attention, narrow, backend=backend)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], check_dtype=False)

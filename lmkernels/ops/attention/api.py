@@ -299,6 +299,8 @@ def _explain_qkv(q, k, v, names) -> None:
 
 def _check_window(window, causal) -> tuple[int, int]:
     """(left, right) with causal folded in."""
+    if window == (-1, -1):
+        return -1, 0 if causal else -1
     try:
         left, right = window
         below = left < -1 or right < -1
@@ -329,6 +331,8 @@ def _check_scale(scale: float | None, d: int) -> float:
 
 
 def _check_softcap(softcap: float) -> float:
+    if softcap == 0.0:
+        return 0.0
     softcap = _check_finite("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be a finite number >= 0 (0 is off), got {softcap}")
@@ -336,6 +340,8 @@ def _check_softcap(softcap: float) -> float:
 
 
 def _check_dropout(dropout_p: float, seed: int | Tensor | None) -> float:
+    if dropout_p == 0.0 and seed is None:
+        return 0.0
     _check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")

@@ -52,15 +52,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x itself when its last axis is contiguous, which is all the kernels ask for."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]:
     """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of the schema."""
-    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
-        q, k, v = _dense(q), _dense(k), _dense(v)
     return _fwd(q, k, v, *features)
 
 
@@ -69,6 +62,4 @@ def backward(
     *features_and_needs,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""
-    dout = None if dout is None else _dense(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    return _bwd(dout, dlse, _dense(q), _dense(k), _dense(v), out, lse, *features_and_needs)
+    return _bwd(dout, dlse, q, k, v, out, lse, *features_and_needs)
