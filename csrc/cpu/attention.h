@@ -44,12 +44,12 @@ struct AttentionArgs {
 
   // backward
   Heads dout;
-  const void* dlse;       // (batch, heads, seq_q), contiguous, or null
-  void *dq, *dk, *dv;     // contiguous, in dtype
-  int64_t chunks;         // tasks per key head; each owns every chunks-th block of keys
-  void* dq_partial;       // (batch, heads_kv, chunks, heads / heads_kv * seq_q, padded head_dim)
-  void* dslopes_partial;  // (batch, heads_kv, chunks, heads / heads_kv) or null
-  void* dsink_partial;    // (batch, heads) or null
+  const void* dlse;         // (batch, heads, seq_q), contiguous, or null
+  void *dq, *dk, *dv;       // contiguous, in dtype
+  int64_t chunks;           // tasks per key head; each owns every chunks-th block of keys
+  void* dq_partial;         // (batch, heads_kv, chunks, heads / heads_kv * seq_q, padded head_dim)
+  double* dslopes_partial;  // (batch, heads_kv, chunks, heads / heads_kv) or null
+  double* dsink_partial;    // (batch, heads) or null
 
   // gradient of the bias: (batch or 1, heads or 1, seq_q or 1, seq_k or 1), contiguous, in dtype of the bias
   void* dbias;

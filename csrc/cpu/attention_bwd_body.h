@@ -42,6 +42,16 @@ struct GradScratch {
 };
 
 template <class T>
+double sum_row(const T* x, int64_t n) {
+  double sum[8] = {};
+  int64_t c = 0;
+  for (; c + 8 <= n; c += 8)
+    for (int lane = 0; lane < 8; ++lane) sum[lane] += x[c + lane];
+  for (; c < n; ++c) sum[0] += x[c];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+template <class T>
 T dot_rows(DType dtype, const void* x, const void* y, int64_t n) {
   T a[256], b[256];
   load_row<T>(dtype, x, n, a);
@@ -96,7 +106,7 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
 template <class M>
 void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t r0,
                  const typename M::Acc* lse, const typename M::Acc* delta, int64_t n, int64_t j0, Span span,
-                 typename M::Acc* dslopes, bool score_gradient) {
+                 double* dslopes, bool score_gradient) {
   using T = typename M::Acc;
   using V = typename M::V;
   constexpr int64_t kLanes = V::kLanes, kPanel = panel_of<M>();
@@ -132,9 +142,9 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
     }
     if (dslopes) {
       const T start = T(row.i + a.offset - first_key);
-      T sum = 0;
-      for (int64_t c = 0; c < width; ++c) sum -= dp[c] * std::fabs(start - T(c));
-      dslopes[row.h - head.hk * head.group] += sum;
+      T weighted[kBwdKeys];
+      for (int64_t c = 0; c < width; ++c) weighted[c] = dp[c] * std::fabs(start - T(c));
+      dslopes[row.h - head.hk * head.group] -= sum_row(weighted, width);
     }
     if (a.softcap > 0 && !score_gradient)
       for (int64_t c = 0; c < width; ++c) dp[c] *= w.capped[c];
@@ -188,7 +198,7 @@ int64_t bwd_scratch(const AttentionArgs& a) {
 // The gradients of the block's rows against the block's keys: w.dq, w.dk and w.dv are added to.
 template <class M>
 void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
-               int64_t j0, int64_t block, typename M::Acc* dslopes) {
+               int64_t j0, int64_t block, double* dslopes) {
   using T = typename M::Acc;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
@@ -267,10 +277,9 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
 
   w.dq = static_cast<T*>(a.dq_partial) + task * head.rows * w.q_wide;
   memset(w.dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
-  T* dslopes = a.dslopes_partial ? static_cast<T*>(a.dslopes_partial) + task * head.group : nullptr;
+  double* dslopes = a.dslopes_partial ? a.dslopes_partial + task * head.group : nullptr;
   for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
-  T* dsink = a.dsink_partial && chunk == 0 ? static_cast<T*>(a.dsink_partial) + head.b * a.heads + head.hk * head.group
-                                           : nullptr;
+  double* dsink = a.dsink_partial && chunk == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
   Row row;
   for (int64_t r = 0; r < head.rows; ++r) {
@@ -326,14 +335,14 @@ void bwd_finish(const AttentionArgs& a, int64_t task) {
 // no tensor of the scores' size appears and the order of the sum is fixed.
 template <class M>
 struct DbiasScratch : GradScratch<M> {
-  typename M::Acc* sum;  // (kBwdRows, kBwdKeys)
+  double* sum;  // (kBwdRows, kBwdKeys); double: one element may collect the whole map
   int64_t bytes;
   static DbiasScratch make(const AttentionArgs& a, void* base) {
     Arena arena(base);
     return DbiasScratch(a, arena);
   }
   DbiasScratch(const AttentionArgs& a, Arena& arena) : GradScratch<M>(a, arena) {
-    sum = arena.take<typename M::Acc>(kBwdRows * kBwdKeys);
+    sum = arena.take<double>(kBwdRows * kBwdKeys);
     bytes = arena.used();
   }
 };
@@ -355,7 +364,7 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
   const int64_t i_begin = all_rows ? 0 : row_task * kBwdRows, j_begin = all_keys ? 0 : key_task * kBwdKeys;
   const int64_t i_end = all_rows || i_begin + kBwdRows > a.seq_q ? a.seq_q : i_begin + kBwdRows;
   const int64_t j_end = all_keys || j_begin + kBwdKeys > a.seq_k ? a.seq_k : j_begin + kBwdKeys;
-  memset(w.sum, 0, size_t(kBwdRows * kBwdKeys) * sizeof(T));
+  memset(w.sum, 0, size_t(kBwdRows * kBwdKeys) * sizeof(double));
 
   const void* sources[kBwdKeys];
   Row rows[kBwdRows];
@@ -384,9 +393,9 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
           const int64_t end = span.end < block ? span.end : block;
           for (int64_t r = 0; r < n; ++r) {
             const T* ds = w.dp + r * kBwdKeys;
-            T* sum = w.sum + (all_rows ? 0 : r * kBwdKeys);
+            double* sum = w.sum + (all_rows ? 0 : r * kBwdKeys);
             if (all_keys)
-              for (int64_t c = span.begin; c < end; ++c) sum[0] += ds[c];
+              sum[0] += sum_row(ds + span.begin, end - span.begin);
             else
               for (int64_t c = span.begin; c < end; ++c) sum[c] += ds[c];
           }
@@ -400,8 +409,9 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
     const int64_t at_bias =
         ((bias_batch * a.dbias_heads + bias_head) * a.dbias_q + row_task * kBwdRows + r) * a.dbias_k +
         key_task * kBwdKeys;
-    store_row(a.bias.dtype, w.sum + r * kBwdKeys, n_keys,
-              static_cast<char*>(a.dbias) + at_bias * element_size(a.bias.dtype));
+    T row[kBwdKeys];
+    for (int64_t c = 0; c < n_keys; ++c) row[c] = T(w.sum[r * kBwdKeys + c]);
+    store_row(a.bias.dtype, row, n_keys, static_cast<char*>(a.dbias) + at_bias * element_size(a.bias.dtype));
   }
 }
 

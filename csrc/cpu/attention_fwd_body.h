@@ -138,6 +138,10 @@ inline void key_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head
   for (int64_t j = 0; j < n; ++j) rows[j] = at(a.dtype, x, head.b, j0 + j, head.hk);
 }
 
+inline void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
 template <class M>
 int64_t fwd_scratch(const AttentionArgs& a) {
   return FwdScratch<M>(a, nullptr).bytes;
@@ -233,8 +237,17 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
     const int64_t packed = (block + M::kPack - 1) / M::kPack * w.o_ld;
     const int64_t padded = round_up(block, M::V::kLanes) / M::kPack * w.o_ld;
     for (int64_t i = packed; i < padded; ++i) w.v[i] = 0;
-    for (int64_t r0 = 0; r0 < n; r0 += kFwdRows)
+    // the next block comes into the L2 cache while this one is worked on, a few rows per group
+    const int64_t next = j0 + kFwdKeys, next_end = next + kFwdKeys < hi ? next + kFwdKeys : hi;
+    const int64_t per_group = (kFwdKeys * kFwdRows + n - 1) / n;
+    int64_t fetched = next;
+    for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
+      for (int64_t j = 0; j < per_group && fetched < next_end; ++j, ++fetched) {
+        prefetch_row(at(a.dtype, a.k, head.b, fetched, head.hk), a.head_dim * element_size(a.dtype));
+        prefetch_row(at(a.dtype, a.v, head.b, fetched, head.hk), a.head_dim_v * element_size(a.dtype));
+      }
       fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows ? n - r0 : kFwdRows, j0, block);
+    }
   }
 
   for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {

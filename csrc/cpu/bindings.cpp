@@ -84,9 +84,7 @@ Tensor dense(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
 }
 
-lmk::Heads heads_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
+lmk::Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 lmk::ScoreMap score_map(const OptionalTensor& x, const lmk::AttentionArgs& a) {
   if (!x) return {};
@@ -159,11 +157,12 @@ double attention_flops(const lmk::AttentionArgs& a) {
   return 2.0 * a.batch * a.heads * a.seq_q * a.seq_k * (a.head_dim + a.head_dim_v);
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_, const OptionalTensor& mask,
-                                         const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
-                                         const OptionalTensor& sink, const OptionalTensor& kv_lengths,
-                                         const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset,
-                                         double scale, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                         const OptionalTensor& mask, const OptionalTensor& bias,
+                                         const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
+                                         const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
+                                         int64_t right, int64_t offset, double scale, double softcap,
+                                         double dropout_p) {
   const Tensor q = dense(q_), k = dense(k_), v = dense(v_);
   lmk::AttentionArgs a = attention_args(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
                                         scale, softcap, dropout_p);
@@ -259,11 +258,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const int64_t wide = (a.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   Tensor dq_partial = torch::stable::new_empty(q, {key_heads * a.chunks * group * a.seq_q * wide}, acc);
   a.dq_partial = dq_partial.mutable_data_ptr();
-  Tensor dslopes = need_dslopes ? torch::stable::new_empty(q, {a.batch, a.heads_kv, a.chunks, group}, acc)
-                                : torch::stable::new_empty(q, {0});
-  Tensor dsink = need_dsink ? torch::stable::new_empty(q, {a.batch, a.heads}, acc) : torch::stable::new_empty(q, {0});
-  a.dslopes_partial = need_dslopes ? dslopes.mutable_data_ptr() : nullptr;
-  a.dsink_partial = need_dsink ? dsink.mutable_data_ptr() : nullptr;
+  Tensor dslopes = need_dslopes
+                       ? torch::stable::new_empty(q, {a.batch, a.heads_kv, a.chunks, group}, ScalarType::Double)
+                       : torch::stable::new_empty(q, {0});
+  Tensor dsink = need_dsink ? torch::stable::new_empty(q, {a.batch, a.heads}, ScalarType::Double)
+                            : torch::stable::new_empty(q, {0});
+  a.dslopes_partial = need_dslopes ? static_cast<double*>(dslopes.mutable_data_ptr()) : nullptr;
+  a.dsink_partial = need_dsink ? static_cast<double*>(dsink.mutable_data_ptr()) : nullptr;
   const double flops = 2.5 * attention_flops(a);
   run_tasks(key_heads * a.chunks, kernels.bwd_scratch(a), flops,
             [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
@@ -274,10 +275,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const int64_t over_chunks[] = {2}, over_batch_too[] = {0, 2}, shape[] = {a.batch, a.heads}, flat[] = {a.heads};
     dslopes = per_batch ? torch::stable::reshape(torch::stable::sum(dslopes, over_chunks), shape)
                         : torch::stable::reshape(torch::stable::sum(dslopes, over_batch_too), flat);
+    dslopes = torch::stable::to(dslopes, acc);
   }
   if (need_dsink) {
     const int64_t over_batch[] = {0};
-    dsink = torch::stable::sum(dsink, over_batch);
+    dsink = torch::stable::to(torch::stable::sum(dsink, over_batch), acc);
   }
   if (need_dbias) {
     a.dbias = dbias.mutable_data_ptr();
