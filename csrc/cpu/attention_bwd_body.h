@@ -73,11 +73,11 @@ T delta_of(const AttentionArgs& a, int64_t b, const Row& row) {
   return a.dlse ? delta - static_cast<const T*>(a.dlse)[(b * a.heads + row.h) * a.seq_q + row.i] : delta;
 }
 
-// lse of one row in powers of two; +inf where the row saw nothing, which makes every P 0.
+// lse of one row; +inf where the row saw nothing, which makes every P 0.
 template <class T>
-T lse2_of(const AttentionArgs& a, int64_t b, const Row& row) {
+T lse_of(const AttentionArgs& a, int64_t b, const Row& row) {
   const T lse = static_cast<const T*>(a.lse)[(b * a.heads + row.h) * a.seq_q + row.i];
-  return lse == -std::numeric_limits<T>::infinity() ? -lse : lse * T(kLog2e);
+  return lse == -std::numeric_limits<T>::infinity() ? -lse : lse;
 }
 
 // Packs a block of rows.
@@ -100,7 +100,7 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
   pack_columns<M>(a.dtype, rows, n, a.head_dim, w.k_columns, w.buffer);
 }
 
-// P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse (in powers of two)
+// P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse
 // and delta. dslopes (group,) or null is added to;
 // score_gradient says that dS is wanted with respect to the score, after the soft cap.
 template <class M>
@@ -128,14 +128,14 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
     const V shift = V::set1(-lse[r0 + r]), d = V::set1(delta[r0 + r]);
     if (a.dropout_p > 0) {
       // dropout's factor is on P for dV and on dP for dS; P itself multiplies dP - delta
-      for (int64_t c = 0; c < width; c += kLanes) M::exp2(fma(V::load(s + c), factor, shift)).store(s + c);
+      for (int64_t c = 0; c < width; c += kLanes) M::exp(fma(V::load(s + c), factor, shift)).store(s + c);
       T p[kBwdKeys];
       memcpy(p, s, size_t(width) * sizeof(T));
       apply_dropout<T>(a, head.b, row, first_key, width, s, dp);
       for (int64_t c = 0; c < width; c += kLanes) (V::load(p + c) * (V::load(dp + c) - d)).store(dp + c);
     } else {
       for (int64_t c = 0; c < width; c += kLanes) {
-        const V p = M::exp2(fma(V::load(s + c), factor, shift));
+        const V p = M::exp(fma(V::load(s + c), factor, shift));
         p.store(s + c);
         (p * (V::load(dp + c) - d)).store(dp + c);
       }
@@ -284,11 +284,11 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
   Row row;
   for (int64_t r = 0; r < head.rows; ++r) {
     rows_of(a, head, r, 1, &row);
-    w.lse[r] = lse2_of<T>(a, head.b, row);
+    w.lse[r] = lse_of<T>(a, head.b, row);
     w.delta[r] = delta_of<T>(a, head.b, row);
     if (dsink) {
-      const T sink = reinterpret_cast<const T*>(a.sink)[row.h] * T(kLog2e);
-      dsink[r / a.seq_q] -= exp2_one(sink - w.lse[r]) * w.delta[r];
+      const T sink = reinterpret_cast<const T*>(a.sink)[row.h];
+      dsink[r / a.seq_q] -= exp_one(sink - w.lse[r]) * w.delta[r];
     }
   }
 
@@ -383,7 +383,7 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
           T lse[kBwdRows], delta[kBwdRows];
           rows_of(a, head, head_row + i0, n, rows);
           for (int64_t r = 0; r < n; ++r) {
-            lse[r] = lse2_of<T>(a, head.b, rows[r]);
+            lse[r] = lse_of<T>(a, head.b, rows[r]);
             delta[r] = delta_of<T>(a, head.b, rows[r]);
           }
           const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));

@@ -43,14 +43,14 @@ T row_max(const T* s, int64_t n) {
   return reduce_max(high);
 }
 
-// s (n,) becomes the weights 2^(factor s + shift); returns their sum.
+// s (n,) becomes the weights exp(factor s + shift); returns their sum.
 template <class M>
 typename M::Acc weights_row(typename M::Acc* s, int64_t n, typename M::Acc factor, typename M::Acc shift) {
   using V = typename M::V;
   const V f = V::set1(factor), c = V::set1(shift);
   V sum = V::zero();
   for (int64_t j = 0; j < n; j += V::kLanes) {
-    const V p = M::exp2(fma(V::load(s + j), f, c));
+    const V p = M::exp(fma(V::load(s + j), f, c));
     p.store(s + j);
     sum = sum + p;
   }
@@ -65,13 +65,13 @@ inline float weight_pairs_row(const float* s, int64_t n, float factor, float shi
   V sum_even = V::zero(), sum_odd = V::zero();
   int64_t j = 0;
   for (; j + 32 <= n; j += 32) {
-    const V even = MathBf16::exp2(fma(V::load(s + j), f, c)), odd = MathBf16::exp2(fma(V::load(s + j + 16), f, c));
+    const V even = MathBf16::exp(fma(V::load(s + j), f, c)), odd = MathBf16::exp(fma(V::load(s + j + 16), f, c));
     MathBf16::store_pairs(even, odd, p + j / 2);
     sum_even = sum_even + even;
     sum_odd = sum_odd + odd;
   }
   if (j < n) {
-    const V even = MathBf16::exp2(fma(V::load(s + j), f, c));
+    const V even = MathBf16::exp(fma(V::load(s + j), f, c));
     MathBf16::store_pairs(even, p + j / 2);
     sum_even = sum_even + even;
   }
@@ -89,40 +89,41 @@ void update_maxima(const T* top, T factor, int64_t n, T* m, T* correction, T* sh
     // a row that has seen nothing yet has -inf, which must not meet -inf
     const V finite = select_less(after, V::set1(std::numeric_limits<T>::lowest()), V::zero(), after);
     after.store(m + r);
-    exp2(before - finite).store(correction + r);
+    exp(before - finite).store(correction + r);
     (V::zero() - finite).store(shift + r);
   }
 }
 
 template <class T>
-T exp2_one(T x) {
+T exp_one(T x) {
   T lanes[Vec<T>::kLanes];
-  exp2(Vec<T>::set1(x)).store(lanes);
+  exp(Vec<T>::set1(x)).store(lanes);
   return lanes[0];
 }
 
-// Closes the softmax of n rows from their running maxima m (in powers of two) and sums l: writes the log-sum-exp with
+// Closes the softmax of n rows from their running maxima m and sums l: writes the log-sum-exp with
 // the sink in it, and to inverse what the rows' accumulators are multiplied by. A row that saw nothing gets -inf and 0.
 template <class T>
 void finish_rows(const AttentionArgs& a, int64_t b, const Row* rows, int64_t n, const T* m, const T* l, T* inverse) {
   const T inf = std::numeric_limits<T>::infinity();
-  T top[kRowVecs], sum[kRowVecs], log[kRowVecs];
+  T top[kRowVecs], sum[kRowVecs];
+  double log[kRowVecs];
   for (int64_t r = 0; r < n; ++r) {
     const bool seen = m[r] != -inf;
     top[r] = m[r];
     sum[r] = seen ? l[r] : T(1);
     T scale = seen ? T(1) : T(0);
     if (a.sink && seen) {
-      const T sink = reinterpret_cast<const T*>(a.sink)[rows[r].h] * T(kLog2e);
+      const T sink = reinterpret_cast<const T*>(a.sink)[rows[r].h];
       top[r] = sink > m[r] ? sink : m[r];
-      scale = exp2_one(m[r] - top[r]);
-      sum[r] = l[r] * scale + exp2_one(sink - top[r]);
+      scale = exp_one(m[r] - top[r]);
+      sum[r] = l[r] * scale + exp_one(sink - top[r]);
     }
     inverse[r] = scale / sum[r];
   }
   log_row(sum, n, log);
   for (int64_t r = 0; r < n; ++r)
-    static_cast<T*>(a.lse)[(b * a.heads + rows[r].h) * a.seq_q + rows[r].i] = top[r] * T(kLn2) + log[r];
+    static_cast<T*>(a.lse)[(b * a.heads + rows[r].h) * a.seq_q + rows[r].i] = T(top[r] + log[r]);
 }
 
 template <class T>

@@ -78,8 +78,8 @@ inline bool has_features(const AttentionArgs& a) {
   return a.softcap > 0 || a.slopes || a.bias.data || a.mask.data || !(a.scale > 1e-30);
 }
 
-// What a stored score is multiplied by to become a power of two.
-inline double exponent_factor(const AttentionArgs& a) { return (has_features(a) ? 1.0 : a.scale) * kLog2e; }
+// What a stored score is multiplied by in the exponent.
+inline double exponent_factor(const AttentionArgs& a) { return has_features(a) ? 1.0 : a.scale; }
 
 template <class T>
 T slope_of(const AttentionArgs& a, int64_t b, int64_t h) {

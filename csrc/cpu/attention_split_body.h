@@ -137,7 +137,7 @@ void split_finish(const AttentionArgs& a, int64_t task) {
       const SplitState<T> next(a, head, task * splits + s);
       if (next.m[r] == -inf) continue;
       const T top = m > next.m[r] ? m : next.m[r];
-      const T old_scale = exp2_one(m - top), new_scale = exp2_one(next.m[r] - top);
+      const T old_scale = exp_one(m - top), new_scale = exp_one(next.m[r] - top);
       l = l * old_scale + next.l[r] * new_scale;
       for (int64_t c = 0; c < first.o_ld; ++c) o[c] = o[c] * old_scale + next.o[r * first.o_ld + c] * new_scale;
       m = top;

@@ -18,7 +18,7 @@ struct MathFma {
   static B load(const Elem* p) { return V::load(p); }
   static B broadcast(const Elem* p) { return V::set1(*p); }
   static V dot(V acc, B a, B b) { return fma(a, b, acc); }
-  static V exp2(V x) { return LMK_NS::exp2(x); }
+  static V exp(V x) { return LMK_NS::exp(x); }
 };
 
 #if LMK_BF16_DOT
@@ -31,7 +31,7 @@ struct MathBf16 {
   static B load(const Elem* p) { return reinterpret_cast<B>(_mm512_loadu_si512(p)); }
   static B broadcast(const Elem* p) { return reinterpret_cast<B>(_mm512_set1_epi32(int(*p))); }
   static V dot(V acc, B a, B b) { return {_mm512_dpbf16_ps(acc.v, a, b)}; }
-  static V exp2(V x) { return exp2_bf16(x); }
+  static V exp(V x) { return exp_bf16(x); }
 
   // 32 or 16 neighbours as pairs
   static void store_pairs(V a, V b, Elem* dst) {
