@@ -13,7 +13,7 @@ _MASK = 0xFFFFFFFF
 
 def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a * m; a holds unsigned 32-bit values in int64."""
-    product = a * m                                   # wraps modulo 2^64, which keeps all 64 bits
+    product = a * m  # wraps modulo 2^64, which keeps all 64 bits
     return (product >> 32) & _MASK, product & _MASK
 
 
@@ -49,5 +49,5 @@ def attention_keep(seed: Tensor, b: int, h: int, s_q: int, s_k: int, dropout_p: 
     rows = torch.arange(s_q, device=device)[:, None]
     heads = torch.arange(h, device=device)[:, None, None]
     batch = torch.arange(b, device=device)[:, None, None, None]
-    words = torch.stack(philox((quads, rows, heads, batch), seed), dim=-1)      # (b, h, s_q, ceil(s_k / 4), 4)
-    return words.flatten(-2)[..., :s_k] >= dropout_threshold(dropout_p)         # (b, h, s_q, s_k)
+    words = torch.stack(philox((quads, rows, heads, batch), seed), dim=-1)  # (b, h, s_q, ceil(s_k / 4), 4)
+    return words.flatten(-2)[..., :s_k] >= dropout_threshold(dropout_p)  # (b, h, s_q, s_k)

@@ -367,3 +367,14 @@ def test_forward_and_backward_take_memory_linear_in_s(native):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     small, large = map(float, run.stdout.split())
     assert large - small < 40, f"{large - small:.0f} MB more at s 4096 than at s 256"
+
+
+def test_what_lies_beyond_a_length_is_never_read(backend):
+    inputs = CASE["lengths, causal"].make(torch.float32)
+    expected = numerics.attention_results(attention, inputs, backend=backend)
+    k, v = inputs.k.clone(), inputs.v.clone()
+    for row, length in enumerate(inputs.options["kv_lengths"].tolist()):
+        k[row, length:] = torch.nan
+        v[row, length:] = torch.nan
+    actual = numerics.attention_results(attention, replace(inputs, k=k, v=v), backend=backend)
+    assert_same_bits(actual, expected)

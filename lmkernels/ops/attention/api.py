@@ -15,11 +15,24 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int, int] = (-1, -1),
-    scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sink: Tensor | None = None, kv_lengths: Tensor | None = None,
-    dropout_p: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False,
-    deterministic: bool = False, backend: str | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, softmax(scale * q k^T + bias) v, without storing the scores.
 
@@ -65,15 +78,23 @@ def attention(
     dropout_p = _check_dropout(dropout_p, seed)
     module = _dispatch.choose("attention", _BACKENDS, backend, q, k, v)
     seed = _seed_tensor(dropout_p, seed, q.device)
-    out, lse = _run(module, q, k, v, *options, seed, left, right, s_k - s_q, scale, softcap, dropout_p,
-                    deterministic)
+    out, lse = _run(module, q, k, v, *options, seed, left, right, s_k - s_q, scale, softcap, dropout_p, deterministic)
     return (out, lse) if return_lse else out
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, *, causal: bool = False, window: tuple[int, int] = (-1, -1), scale: float | None = None,
-    softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None, alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None, kv_lengths: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
 ) -> Tensor:
     """The attention map itself, for looking at: softmax of the scores of `attention` with the same arguments.
 
@@ -84,17 +105,25 @@ def attention_weights(
     b, s_q, h, d, s_k = _check_qkv(q, k, k)
     left, right = _check_window(window, causal)
     mask, bias, alibi_slopes, sink, kv_lengths = _check_features(
-        q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths)
+        q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths
+    )
     scale, softcap = _check_scale(scale, d), _check_softcap(softcap)
     with torch.autocast(q.device.type, enabled=False):
         scores, visible = reference.scores_and_visible(
-            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, s_k - s_q, scale, softcap)
+            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, s_k - s_q, scale, softcap
+        )
         return reference.weights_and_lse(scores, visible, sink)[0].to(q.dtype)
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, with its signature, layout and meanings.
 
@@ -118,9 +147,11 @@ def scaled_dot_product_attention(
     try:
         lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     except RuntimeError:
-        raise ValueError(f"the leading axes of query, key and value must broadcast, got query {tuple(query.shape)}, "
-                         f"key {tuple(key.shape)} and value {tuple(value.shape)}") from None
-    q, k, v = (_batch_first(x, lead) for x in (query, key, value))              # (b, s, h, d)
+        raise ValueError(
+            f"the leading axes of query, key and value must broadcast, got query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)} and value {tuple(value.shape)}"
+        ) from None
+    q, k, v = (_batch_first(x, lead) for x in (query, key, value))  # (b, s, h, d)
     b, s_q, h, d, s_k = _check_qkv(q, k, v, names=("query", "key", "value"))
     if k.shape[2] != h and not enable_gqa:
         raise ValueError(f"key and value must have query's {h} heads, got {k.shape[2]}; enable_gqa=True allows fewer")
@@ -134,9 +165,26 @@ def scaled_dot_product_attention(
     dropout_p = _check_dropout(dropout_p, None)
     module = _dispatch.choose("scaled_dot_product_attention", _BACKENDS, None, q, k, v)
     seed = _seed_tensor(dropout_p, None, q.device)
-    out, _ = _run(module, q, k, v, mask, bias, None, None, None, seed, -1, 0 if is_causal else -1, 0,
-                  _check_scale(scale, d), 0.0, dropout_p, False)
-    out = out.transpose(1, 2)                                                   # (b, h, s_q, d_v)
+    out, _ = _run(
+        module,
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        None,
+        None,
+        None,
+        seed,
+        -1,
+        0 if is_causal else -1,
+        0,
+        _check_scale(scale, d),
+        0.0,
+        dropout_p,
+        False,
+    )
+    out = out.transpose(1, 2)  # (b, h, s_q, d_v)
     if query.dim() == 4:
         return out
     return out.reshape(*lead, *out.shape[1:]) if query.dim() > 2 else out[0, 0]
@@ -162,8 +210,26 @@ def _flatten_lead(attn_mask: Tensor, lead: torch.Size) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset, scale,
-                softcap, dropout_p, deterministic):
+    def forward(
+        ctx,
+        name,
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        alibi_slopes,
+        sink,
+        kv_lengths,
+        seed,
+        left,
+        right,
+        offset,
+        scale,
+        softcap,
+        dropout_p,
+        deterministic,
+    ):
         numbers = (left, right, offset, scale, softcap, dropout_p)
         out, lse = _BACKENDS[name].forward(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, *numbers)
         ctx.set_materialize_grads(False)
@@ -177,10 +243,37 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         run = _AttentionBackward.apply if torch.is_grad_enabled() else _backward
         dq, dk, dv, dbias, dslopes, dsink = run(
-            ctx.name, dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed, *ctx.numbers,
-            needs[5], needs[6], needs[7], ctx.deterministic)
-        return (None, dq, dk, dv, None, dbias if needs[5] else None, dslopes if needs[6] else None,
-                dsink if needs[7] else None, *(None,) * 9)
+            ctx.name,
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            mask,
+            bias,
+            alibi_slopes,
+            sink,
+            kv_lengths,
+            seed,
+            *ctx.numbers,
+            needs[5],
+            needs[6],
+            needs[7],
+            ctx.deterministic,
+        )
+        return (
+            None,
+            dq,
+            dk,
+            dv,
+            None,
+            dbias if needs[5] else None,
+            dslopes if needs[6] else None,
+            dsink if needs[7] else None,
+            *(None,) * 9,
+        )
 
 
 def _backward(name, *arguments):
@@ -191,29 +284,68 @@ class _AttentionBackward(torch.autograd.Function):
     """The gradient as a function of its own, whose gradient is taken by recomputing the reference."""
 
     @staticmethod
-    def forward(ctx, name, dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed, left,
-                right, offset, scale, softcap, dropout_p, *needs_and_deterministic):
+    def forward(
+        ctx,
+        name,
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        mask,
+        bias,
+        alibi_slopes,
+        sink,
+        kv_lengths,
+        seed,
+        left,
+        right,
+        offset,
+        scale,
+        softcap,
+        dropout_p,
+        *needs_and_deterministic,
+    ):
         numbers = (left, right, offset, scale, softcap, dropout_p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed)
         ctx.numbers = numbers
-        return _backward(name, dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed,
-                         *numbers, *needs_and_deterministic)
+        return _backward(
+            name,
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            mask,
+            bias,
+            alibi_slopes,
+            sink,
+            kv_lengths,
+            seed,
+            *numbers,
+            *needs_and_deterministic,
+        )
 
     @staticmethod
     def backward(ctx, *gradients):
         dout, dlse, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            inputs = [x if x is None or x.requires_grad else x.detach().requires_grad_()
-                      for x in (dout, dlse, q, k, v, bias, alibi_slopes, sink)]
+            inputs = [
+                x if x is None or x.requires_grad else x.detach().requires_grad_()
+                for x in (dout, dlse, q, k, v, bias, alibi_slopes, sink)
+            ]
             dout, dlse, q, k, v, bias, alibi_slopes, sink = inputs
-            out, lse = reference.forward(
-                q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, *ctx.numbers)
-            outputs, cotangents = zip(*[(y, dy) for y, dy in ((out, dout), (lse, dlse)) if dy is not None],
-                                      strict=True)
-            first = torch.autograd.grad(outputs, [x for x in inputs[2:] if x is not None], cotangents,
-                                        create_graph=True, allow_unused=True)
+            out, lse = reference.forward(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, *ctx.numbers)
+            outputs, cotangents = zip(*[(y, dy) for y, dy in ((out, dout), (lse, dlse)) if dy is not None], strict=True)
+            first = torch.autograd.grad(
+                outputs, [x for x in inputs[2:] if x is not None], cotangents, create_graph=True, allow_unused=True
+            )
             by_input = iter(first)
             first = [None if x is None else next(by_input) for x in inputs[2:]]
             pairs = [(y, dy) for y, dy in zip(first, gradients, strict=True) if y is not None and dy is not None]
@@ -223,18 +355,73 @@ class _AttentionBackward(torch.autograd.Function):
             wanted = [x for x in inputs if x is not None]
             second = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
         ddout, ddlse, dq, dk, dv, dbias, dslopes, dsink = (None if x is None else next(second) for x in inputs)
-        return (None, ddout, ddlse, dq, dk, dv, None, None, None, dbias, dslopes, dsink, None, None,
-                *(None,) * (len(ctx.numbers) + 4))
+        return (
+            None,
+            ddout,
+            ddlse,
+            dq,
+            dk,
+            dv,
+            None,
+            None,
+            None,
+            dbias,
+            dslopes,
+            dsink,
+            None,
+            None,
+            *(None,) * (len(ctx.numbers) + 4),
+        )
 
 
-def _run(module, q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset, scale, softcap,
-         dropout_p, deterministic) -> tuple[Tensor, Tensor]:
+def _run(
+    module,
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    alibi_slopes,
+    sink,
+    kv_lengths,
+    seed,
+    left,
+    right,
+    offset,
+    scale,
+    softcap,
+    dropout_p,
+    deterministic,
+) -> tuple[Tensor, Tensor]:
     """out and lse from a backend; autograd is entered only where a gradient is wanted."""
-    arguments = (q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset, scale, softcap,
-                 dropout_p)
+    arguments = (
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        alibi_slopes,
+        sink,
+        kv_lengths,
+        seed,
+        left,
+        right,
+        offset,
+        scale,
+        softcap,
+        dropout_p,
+    )
     differentiable = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or bias is not None and bias.requires_grad
-        or alibi_slopes is not None and alibi_slopes.requires_grad or sink is not None and sink.requires_grad)
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or bias is not None
+        and bias.requires_grad
+        or alibi_slopes is not None
+        and alibi_slopes.requires_grad
+        or sink is not None
+        and sink.requires_grad
+    )
     if module is reference or not differentiable:
         return module.forward(*arguments)
     name = module.__name__.rpartition(".")[2]
@@ -256,9 +443,19 @@ def _check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]
         b, s_q, h, d = q.shape
         b_k, s_k, h_kv, d_k = k.shape
         b_v, s_v, h_v, d_v = v.shape
-        fits = (b == b_k == b_v and s_k == s_v and h_kv == h_v and d == d_k and h_kv > 0 and h % h_kv == 0
-                and d > 0 and d_v > 0 and q.dtype == k.dtype == v.dtype and q.dtype in _FLOATS
-                and q.device == k.device == v.device)
+        fits = (
+            b == b_k == b_v
+            and s_k == s_v
+            and h_kv == h_v
+            and d == d_k
+            and h_kv > 0
+            and h % h_kv == 0
+            and d > 0
+            and d_v > 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in _FLOATS
+            and q.device == k.device == v.device
+        )
     except (AttributeError, ValueError):
         fits = False
     if not fits:
@@ -283,14 +480,20 @@ def _explain_qkv(q, k, v, names) -> None:
     b, _, h, d = q.shape
     b_k, s_k, h_kv, d_k = k.shape
     if d_k != d:
-        raise ValueError(f"{names[1]} must have {names[0]}'s head size {d}, got {names[1]} {tuple(k.shape)} with "
-                         f"{names[0]} {tuple(q.shape)}")
+        raise ValueError(
+            f"{names[1]} must have {names[0]}'s head size {d}, got {names[1]} {tuple(k.shape)} with "
+            f"{names[0]} {tuple(q.shape)}"
+        )
     if b_k != b or v.shape[0] != b:
-        raise ValueError(f"{names[1]} and {names[2]} must have {names[0]}'s batch size {b}, got {names[1]} "
-                         f"{tuple(k.shape)} and {names[2]} {tuple(v.shape)}")
+        raise ValueError(
+            f"{names[1]} and {names[2]} must have {names[0]}'s batch size {b}, got {names[1]} "
+            f"{tuple(k.shape)} and {names[2]} {tuple(v.shape)}"
+        )
     if v.shape[1] != s_k or v.shape[2] != h_kv:
-        raise ValueError(f"{names[2]} must have {names[1]}'s length and heads, got {names[2]} {tuple(v.shape)} with "
-                         f"{names[1]} {tuple(k.shape)}")
+        raise ValueError(
+            f"{names[2]} must have {names[1]}'s length and heads, got {names[2]} {tuple(v.shape)} with "
+            f"{names[1]} {tuple(k.shape)}"
+        )
     if h_kv == 0 and h > 0 or h_kv > 0 and h % h_kv:
         raise ValueError(f"the number of heads of {names[0]} must be a multiple of {names[1]}'s, got {h} and {h_kv}")
     if d == 0 or v.shape[3] == 0:
@@ -388,8 +591,13 @@ def _check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_length
     """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take."""
     if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
         return None, None, None, None, None
-    for name, x in (("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sink", sink),
-                    ("kv_lengths", kv_lengths)):
+    for name, x in (
+        ("mask", mask),
+        ("bias", bias),
+        ("alibi_slopes", alibi_slopes),
+        ("sink", sink),
+        ("kv_lengths", kv_lengths),
+    ):
         if x is None:
             continue
         if not isinstance(x, Tensor):
@@ -405,7 +613,9 @@ def _check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_length
     if alibi_slopes is not None:
         _check_float("alibi_slopes", alibi_slopes, q)
         if tuple(alibi_slopes.shape) not in ((h,), (b, h)):
-            raise ValueError(f"alibi_slopes must be (h,) = {(h,)} or (b, h) = {(b, h)}, got {tuple(alibi_slopes.shape)}")
+            raise ValueError(
+                f"alibi_slopes must be (h,) = {(h,)} or (b, h) = {(b, h)}, got {tuple(alibi_slopes.shape)}"
+            )
     if sink is not None and tuple(_check_float("sink", sink, q).shape) != (h,):
         raise ValueError(f"sink must be (h,) = {(h,)}, got {tuple(sink.shape)}")
     if kv_lengths is not None:

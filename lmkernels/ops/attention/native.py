@@ -18,7 +18,8 @@ _library.LIBRARY.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_FEATURES
 _library.LIBRARY.define(
     "attention_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_FEATURES}, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _fwd = torch.ops.lmkernels.attention_fwd.default
 _bwd = torch.ops.lmkernels.attention_bwd.default
 
@@ -31,13 +32,35 @@ def _(q, k, v, *features):
 
 
 @torch.library.register_fake("lmkernels::attention_bwd", lib=_library.LIBRARY)
-def _(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
-      scale, softcap, dropout_p, need_dbias, need_dslopes, need_dsink, deterministic):
+def _(
+    dout,
+    dlse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    mask,
+    bias,
+    alibi_slopes,
+    sink,
+    kv_lengths,
+    seed,
+    left,
+    right,
+    offset,
+    scale,
+    softcap,
+    dropout_p,
+    need_dbias,
+    need_dslopes,
+    need_dsink,
+    deterministic,
+):
     def like(x, needed=True):
         return x.new_empty(x.shape) if needed else q.new_empty(0)
 
-    return (like(q), like(k), like(v), like(bias, need_dbias), like(alibi_slopes, need_dslopes),
-            like(sink, need_dsink))
+    return (like(q), like(k), like(v), like(bias, need_dbias), like(alibi_slopes, need_dslopes), like(sink, need_dsink))
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -58,7 +81,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]
 
 
 def backward(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     *features_and_needs,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""

@@ -27,21 +27,30 @@ def visible_keys(s_q: int, s_k: int, left: int, right: int, offset: int, device)
 
 
 def scores_and_visible(
-    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
-    kv_lengths: Tensor | None, left: int, right: int, offset: int, scale: float, softcap: float,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    kv_lengths: Tensor | None,
+    left: int,
+    right: int,
+    offset: int,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Scores (b, h, s_q, s_k), -inf where a key is hidden, and the boolean map of what is seen."""
     b, s_q, h, _ = q.shape
     s_k, h_kv = k.shape[1:3]
     group = h // max(h_kv, 1)
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.to(acc).unflatten(2, (h_kv, group))                             # (b, s_q, h_kv, g, d)
-    scores = torch.einsum("bqngd,bknd->bngqk", grouped, k.to(acc)).flatten(1, 2) * scale    # (b, h, s_q, s_k)
+    grouped = q.to(acc).unflatten(2, (h_kv, group))  # (b, s_q, h_kv, g, d)
+    scores = torch.einsum("bqngd,bknd->bngqk", grouped, k.to(acc)).flatten(1, 2) * scale  # (b, h, s_q, s_k)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         diagonal = torch.arange(s_q, device=q.device)[:, None] + offset
-        distance = (diagonal - torch.arange(s_k, device=q.device)).abs().to(acc)            # (s_q, s_k)
+        distance = (diagonal - torch.arange(s_k, device=q.device)).abs().to(acc)  # (s_q, s_k)
         scores = scores - alibi_slopes.to(acc).reshape(-1, h, 1, 1) * distance
     if bias is not None:
         scores = scores + bias.to(acc)
@@ -58,10 +67,10 @@ def scores_and_visible(
 
 def weights_and_lse(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis with the sink in the denominator: weights (b, h, s_q, s_k), lse (b, h, s_q)."""
-    seen = visible.any(-1)                                                      # (b, h, s_q)
+    seen = visible.any(-1)  # (b, h, s_q)
     m = scores.detach().amax(-1) if scores.shape[-1] > 0 else torch.full_like(seen, float("-inf"), dtype=scores.dtype)
     if sink is not None:
-        sink = sink.to(scores.dtype)[:, None]                                   # (h, 1)
+        sink = sink.to(scores.dtype)[:, None]  # (h, 1)
         m = torch.maximum(m, sink.detach())
     m = m.masked_fill(~seen, 0.0)
     # where, not masked_fill on exp: the gradient of a hidden score stays 0 however often it is differentiated
@@ -75,20 +84,37 @@ def weights_and_lse(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tup
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
-    sink: Tensor | None, kv_lengths: Tensor | None, seed: Tensor | None, left: int, right: int, offset: int,
-    scale: float, softcap: float, dropout_p: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    kv_lengths: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
+    offset: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """out (b, s_q, h, d_v) in q's dtype and lse (b, h, s_q); arguments as `attention` after its checks."""
     b, s_q, h, _ = q.shape
     s_k, h_kv = k.shape[1:3]
+    if kv_lengths is not None:
+        # what lies beyond a length may be memory that nobody has written yet, and 0 * NaN is NaN
+        beyond = (torch.arange(s_k, device=q.device) >= kv_lengths[:, None])[..., None, None]  # (b, s_k, 1, 1)
+        k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
     with torch.autocast(q.device.type, enabled=False):
         scores, visible = scores_and_visible(
-            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, offset, scale, softcap)
+            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, offset, scale, softcap
+        )
         p, lse = weights_and_lse(scores, visible, sink)
         if dropout_p > 0:
             keep = attention_keep(seed, b, h, s_q, s_k, dropout_p)
             p = torch.where(keep, p / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
-        grouped = p.unflatten(1, (h_kv, h // max(h_kv, 1)))                     # (b, h_kv, g, s_q, s_k)
-        out = torch.einsum("bngqk,bknd->bqngd", grouped, v.to(p.dtype)).flatten(2, 3)       # (b, s_q, h, d_v)
+        grouped = p.unflatten(1, (h_kv, h // max(h_kv, 1)))  # (b, h_kv, g, s_q, s_k)
+        out = torch.einsum("bngqk,bknd->bqngd", grouped, v.to(p.dtype)).flatten(2, 3)  # (b, s_q, h, d_v)
     return out.to(q.dtype), lse
