@@ -38,10 +38,8 @@ struct SplitScratch {
 
 // The rows of a block in accumulator precision and whole vectors: where they are, or copied.
 template <class T>
-void readable_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head, int64_t j0, int64_t n, int64_t n_cols,
+void readable_rows(const AttentionArgs& a, const void* const* sources, int64_t n, int64_t n_cols,
                    const SplitScratch<T>& w, const T** rows) {
-  const void* sources[kSplitKeys];
-  key_rows(a, x, head, j0, n, sources);
   const bool in_place = element_size(a.dtype) == sizeof(T) && n_cols % Vec<T>::kLanes == 0;
   if (!in_place) pack_rows<MathFma<T>>(a.dtype, sources, n, n_cols, w.block, w.ld);
   for (int64_t j = 0; j < n; ++j) rows[j] = in_place ? static_cast<const T*>(sources[j]) : w.block + j * w.ld;
@@ -92,12 +90,21 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
   for (int64_t j0 = begin; j0 < end; j0 += kSplitKeys) {
     const int64_t n = end - j0 < kSplitKeys ? end - j0 : kSplitKeys, padded = round_up(n, kLanes);
     if (visible_span<MathFma<T>>(rows, head.rows, j0, padded).empty()) continue;
+    // the rows of one head may lie pages apart, where the CPU does not look ahead by itself: values come while keys are
+    // worked on, the next keys while values are
+    const int64_t k_bytes = a.head_dim * element_size(a.dtype), v_bytes = a.head_dim_v * element_size(a.dtype);
+    const int64_t next = end - j0 - n < kSplitKeys ? end - j0 - n : kSplitKeys;
+    const void *keys[kSplitKeys], *values[kSplitKeys], *next_keys[kSplitKeys];
     const T* block[kSplitKeys];
-    readable_rows(a, a.k, head, j0, n, a.head_dim, w, block);
+    key_rows(a, a.k, head, j0, n, keys);
+    key_rows(a, a.v, head, j0, n, values);
+    key_rows(a, a.k, head, j0 + n, next, next_keys);
+    readable_rows(a, keys, n, a.head_dim, w, block);
     for (int64_t r = 0; r < head.rows; ++r) {
       const T* q = w.q + r * w.q_ld;
       T* s = w.s + r * kSplitKeys;
       for (int64_t j = 0; j < n; ++j) {
+        if (r == 0) prefetch_row(values[j], v_bytes);
         V sum = V::zero();
         for (int64_t c = 0; c < w.q_ld; c += kLanes) sum = fma(V::load(q + c), V::load(block[j] + c), sum);
         s[j] = reduce_add(sum);
@@ -111,7 +118,8 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
       for (int64_t c = 0; c < state.o_ld; ++c) state.o[r * state.o_ld + c] *= correction[0];
       if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], j0, padded, s, nullptr);
     }
-    readable_rows(a, a.v, head, j0, n, a.head_dim_v, w, block);
+    readable_rows(a, values, n, a.head_dim_v, w, block);
+    for (int64_t j = 0; j < next; ++j) prefetch_row(next_keys[j], k_bytes);
     for (int64_t r = 0; r < head.rows; ++r) {
       const T* p = w.s + r * kSplitKeys;
       T* o = state.o + r * state.o_ld;

@@ -88,16 +88,13 @@ template <class M, Start kStart, int kRows, int kVecs>
   using V = typename M::V;
   constexpr int kLanes = V::kLanes;
   typename M::Acc* c = g.c + row * g.c_row + col;
+  // the product of this depth starts from zero and joins C at the end: one running sum over all depths would round as
+  // often, but at the size of the whole sum
   V acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < kVecs; ++n) {
-      if constexpr (kStart == Start::zero) acc[r][n] = V::zero();
-      if constexpr (kStart == Start::add) acc[r][n] = V::load(c + r * g.c_row + n * kLanes);
-      if constexpr (kStart == Start::scale_and_add)
-        acc[r][n] = V::load(c + r * g.c_row + n * kLanes) * V::set1(g.factor[row + r]);
-    }
+    for (int n = 0; n < kVecs; ++n) acc[r][n] = V::zero();
   const typename M::Elem* a = g.a + row * g.a_row;
   const int64_t a_row = g.a_row, a_depth = g.a_depth, b_depth = g.b_depth;
   for (int64_t k = g.depth; k > 0; --k) {
@@ -116,7 +113,12 @@ template <class M, Start kStart, int kRows, int kVecs>
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < kVecs; ++n) acc[r][n].store(c + r * g.c_row + n * kLanes);
+    for (int n = 0; n < kVecs; ++n) {
+      typename M::Acc* p = c + r * g.c_row + n * kLanes;
+      if constexpr (kStart == Start::add) acc[r][n] = V::load(p) + acc[r][n];
+      if constexpr (kStart == Start::scale_and_add) acc[r][n] = fma(V::load(p), V::set1(g.factor[row + r]), acc[r][n]);
+      acc[r][n].store(p);
+    }
 }
 
 template <class M, Start kStart, int kVecs>
