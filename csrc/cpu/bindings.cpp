@@ -47,7 +47,7 @@ void* thread_scratch(int64_t bytes) {
 // (causal) and cores in speed. Which thread runs a task changes nothing in its result.
 template <class F>
 void run_tasks(int64_t count, int64_t scratch_bytes, double flops, const F& task) {
-  constexpr double kWorthThreads = 1e6;
+  constexpr double kWorthThreads = 3e5;  // some 10 us of one core
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
   if (threads <= 1 || flops < kWorthThreads) {
     void* scratch = thread_scratch(scratch_bytes);

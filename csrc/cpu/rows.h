@@ -129,7 +129,10 @@ void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, 
   for (int64_t r = 0; r < n; ++r) {
     typename M::Elem* row = dst + r * ld;
     if constexpr (M::kPack == 1) {
-      load_row(dtype, rows[r], n_cols, row);
+      if (element_size(dtype) == sizeof(row[0]))
+        copy_row(rows[r], n_cols, row);
+      else
+        load_row(dtype, rows[r], n_cols, row);
       for (int64_t c = n_cols; c < ld; ++c) row[c] = 0;
     } else {
       const int64_t pairs = n_cols / 2;
