@@ -1,0 +1,219 @@
+"""The checks of attention's arguments: each raises an error that names the argument, or returns what backends take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, floating tensors in the autocast dtype, as torch does for matmuls; float64 stays."""
+    x = tensors[0]
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
+    """b, s_q, h, d, s_k, or an error that names the argument."""
+    try:
+        b, s_q, h, d = q.shape
+        b_k, s_k, h_kv, d_k = k.shape
+        b_v, s_v, h_v, d_v = v.shape
+        fits = (
+            b == b_k == b_v
+            and s_k == s_v
+            and h_kv == h_v
+            and d == d_k
+            and h_kv > 0
+            and h % h_kv == 0
+            and d > 0
+            and d_v > 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in _FLOATS
+            and q.device == k.device == v.device
+        )
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_qkv(q, k, v, names)
+        b, s_q, h, d, s_k = *q.shape, k.shape[1]
+    return b, s_q, h, d, s_k
+
+
+def _explain_qkv(q, k, v, names) -> None:
+    """Raises the error of q, k and v that do not fit together; returns where they do after all (no heads)."""
+    for name, x in zip(names, (q, k, v), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (b, s, h, d) with 4 axes, got {tuple(x.shape)}")
+        if x.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have {names[0]}'s dtype {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on {names[0]}'s device {q.device}, got {x.device}")
+    b, _, h, d = q.shape
+    b_k, s_k, h_kv, d_k = k.shape
+    if d_k != d:
+        raise ValueError(
+            f"{names[1]} must have {names[0]}'s head size {d}, got {names[1]} {tuple(k.shape)} with "
+            f"{names[0]} {tuple(q.shape)}"
+        )
+    if b_k != b or v.shape[0] != b:
+        raise ValueError(
+            f"{names[1]} and {names[2]} must have {names[0]}'s batch size {b}, got {names[1]} "
+            f"{tuple(k.shape)} and {names[2]} {tuple(v.shape)}"
+        )
+    if v.shape[1] != s_k or v.shape[2] != h_kv:
+        raise ValueError(
+            f"{names[2]} must have {names[1]}'s length and heads, got {names[2]} {tuple(v.shape)} with "
+            f"{names[1]} {tuple(k.shape)}"
+        )
+    if h_kv == 0 and h > 0 or h_kv > 0 and h % h_kv:
+        raise ValueError(f"the number of heads of {names[0]} must be a multiple of {names[1]}'s, got {h} and {h_kv}")
+    if d == 0 or v.shape[3] == 0:
+        raise ValueError(f"head sizes must be at least 1, got {d} and {v.shape[3]}")
+
+
+def check_window(window, causal) -> tuple[int, int]:
+    """(left, right) with causal folded in."""
+    if window == (-1, -1):
+        return -1, 0 if causal else -1
+    try:
+        left, right = window
+        below = left < -1 or right < -1
+    except (TypeError, ValueError):
+        raise ValueError(f"window must be two integers (left, right), got {window!r}") from None
+    if isinstance(left, float) or isinstance(right, float):
+        raise ValueError(f"window must be two integers (left, right), got {window!r}")
+    if below:
+        raise ValueError(f"window must hold lengths >= 0, or -1 for unbounded, got {window!r}")
+    return left, 0 if causal else right
+
+
+def _check_number(name: str, x) -> None:
+    if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+
+
+def _check_finite(name: str, x) -> float:
+    _check_number(name, x)
+    # by comparison, not math.isfinite: x may be a symbol of a graph that is being compiled
+    if not abs(x) < math.inf:
+        raise ValueError(f"{name} must be a finite number, got {x}")
+    return float(x)
+
+
+def check_scale(scale: float | None, d: int) -> float:
+    return d**-0.5 if scale is None else _check_finite("scale", scale)
+
+
+def check_softcap(softcap: float) -> float:
+    if softcap == 0.0:
+        return 0.0
+    softcap = _check_finite("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be a finite number >= 0 (0 is off), got {softcap}")
+    return softcap
+
+
+def check_dropout(dropout_p: float, seed: int | Tensor | None) -> float:
+    if dropout_p == 0.0 and seed is None:
+        return 0.0
+    _check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int or a () int64 tensor, got {tuple(seed.shape)} {seed.dtype}")
+    elif seed is not None:
+        if not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(f"seed must be an int or a () int64 tensor, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return float(dropout_p)
+
+
+def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The seed as a () int64 tensor, drawn from torch's generator where none is given; None when nothing is dropped."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int) -> Tensor:
+    """x as a 4-d view whose axes are 1 or the scores'."""
+    if x.dim() > 4:
+        raise ValueError(f"{name} must broadcast to (b, h, s_q, s_k) = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
+    if x.dim() < 4:
+        x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+    for size, full in zip(x.shape, (b, h, s_q, s_k), strict=True):
+        if size != full and size != 1:
+            raise ValueError(f"{name} must broadcast to (b, h, s_q, s_k) = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
+    return x
+
+
+def check_float(name: str, x: Tensor, q: Tensor) -> Tensor:
+    if x.dtype != q.dtype and (x.dtype != torch.float32 or q.dtype == torch.float64):
+        allowed = q.dtype if q.dtype in (torch.float32, torch.float64) else f"{q.dtype} or torch.float32"
+        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
+    return x
+
+
+def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths):
+    """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take."""
+    if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
+        return None, None, None, None, None
+    for name, x in (
+        ("mask", mask),
+        ("bias", bias),
+        ("alibi_slopes", alibi_slopes),
+        ("sink", sink),
+        ("kv_lengths", kv_lengths),
+    ):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool (True = may attend), got {mask.dtype}; pass floats as bias")
+        mask = check_broadcast("mask", mask, b, h, s_q, s_k)
+    if bias is not None:
+        bias = check_broadcast("bias", check_float("bias", bias, q), b, h, s_q, s_k)
+    if alibi_slopes is not None:
+        check_float("alibi_slopes", alibi_slopes, q)
+        if tuple(alibi_slopes.shape) not in ((h,), (b, h)):
+            raise ValueError(
+                f"alibi_slopes must be (h,) = {(h,)} or (b, h) = {(b, h)}, got {tuple(alibi_slopes.shape)}"
+            )
+    if sink is not None and tuple(check_float("sink", sink, q).shape) != (h,):
+        raise ValueError(f"sink must be (h,) = {(h,)}, got {tuple(sink.shape)}")
+    if kv_lengths is not None:
+        if kv_lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
+        if tuple(kv_lengths.shape) != (b,):
+            raise ValueError(f"kv_lengths must be (b,) = {(b,)}, got {tuple(kv_lengths.shape)}")
+        # reading the values would break a compiled graph and stall a GPU; the kernels clamp them
+        if kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling() and b > 0:
+            low, high = kv_lengths.min().item(), kv_lengths.max().item()
+            if low < 0 or high > s_k:
+                raise ValueError(f"kv_lengths must lie between 0 and s_k = {s_k}, got values from {low} to {high}")
+        kv_lengths = kv_lengths.to(torch.int32).contiguous()
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(acc).contiguous()
+    if sink is not None:
+        sink = sink.to(acc).contiguous()
+    return mask, bias, alibi_slopes, sink, kv_lengths
