@@ -100,9 +100,8 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
   pack_columns<M>(a.dtype, rows, n, a.head_dim, w.k_columns, w.buffer);
 }
 
-// P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse
-// and delta. dslopes (group,) or null is added to;
-// score_gradient says that dS is wanted with respect to the score, after the soft cap.
+// P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse and delta. dslopes
+// (group,) or null is added to; score_gradient says that dS is wanted with respect to the score, after the soft cap.
 template <class M>
 void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t r0,
                  const typename M::Acc* lse, const typename M::Acc* delta, int64_t n, int64_t j0, Span span,
