@@ -40,7 +40,7 @@ struct AttentionArgs {
   void* lse;               // (batch, heads, seq_q), float or double
   int64_t rows_per_task;   // query rows of one task; results do not depend on it
   int64_t keys_per_split;  // keys of one task of the split path
-  void* partial;           // split path: one state per task, see attention_partial_size
+  void* partial;           // split path: per task, the maximum, sum and accumulator of each row
 
   // backward
   Heads dout;
