@@ -20,7 +20,7 @@ FOLDERS = ("ops", "models")
 
 
 def names() -> list[str]:
-    """Every benchmark: the modules of ops/ and models/, each with a function run(options) -> rows."""
+    """Every benchmark: the modules of ops/, each with lines() to measure, and of models/, each with run(options)."""
     here = Path(__file__).parent
     return sorted(path.stem for folder in FOLDERS for path in (here / folder).glob("*.py") if path.stem != "__init__")
 
@@ -57,11 +57,11 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows = load(options.name).run(
-        harness.Options(
-            cases=options.cases, dtypes=tuple(options.dtype or ("float32", "bfloat16")), seconds=options.seconds
-        )
+    chosen = harness.Options(
+        cases=options.cases, dtypes=tuple(options.dtype or ("float32", "bfloat16")), seconds=options.seconds
     )
+    module = load(options.name)
+    rows = harness.measure(module.lines(), chosen) if hasattr(module, "lines") else module.run(chosen)
     if options.base:
         rows = beside(rows, measure_revision(options.base, arguments))
     record = {"command": f"python -m benchmarks {shlex.join(arguments)}", **harness.conditions(), "rows": rows}

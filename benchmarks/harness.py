@@ -8,12 +8,14 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import lmkernels
 
@@ -88,17 +90,22 @@ class Ceilings:
 
     matmul: dict[str, float]  # FLOP/s by dtype, 2048 x 2048 x 2048
     read: float  # bytes/s of a sum over 512 MB
+    copy: float  # bytes/s, read and written, of a copy of 256 MB
 
-    def seconds(self, dtype: str, flops: float, bytes_moved: float) -> float:
+    def seconds(self, dtype: str, flops: float, bytes_read: float, bytes_written: float = 0.0) -> float:
         """The time that neither the arithmetic nor the memory allows to beat."""
-        return max(flops / self.matmul.get(dtype, self.matmul["float32"]), bytes_moved / self.read)
+        memory = (bytes_read + bytes_written) / (self.copy if bytes_written else self.read)
+        return max(flops / self.matmul.get(dtype, self.matmul["float32"]), memory)
 
     def rows(self) -> list[dict]:
         """For the table that the shares stand in."""
         matmuls = [
             {"name": f"ceiling, {dtype} matmul", "GFLOP/s": round(rate / 1e9, 1)} for dtype, rate in self.matmul.items()
         ]
-        return [*matmuls, {"name": "ceiling, read", "GB/s": round(self.read / 1e9, 1)}]
+        memory = [
+            {"name": f"ceiling, {name}", "GB/s": round(getattr(self, name) / 1e9, 1)} for name in ("read", "copy")
+        ]
+        return [*matmuls, *memory]
 
 
 def measure_ceilings(dtypes: Iterable[str], seconds: float = 1.0) -> Ceilings:
@@ -113,7 +120,79 @@ def measure_ceilings(dtypes: Iterable[str], seconds: float = 1.0) -> Ceilings:
         best = min(timing.p10 for timing in interleaved(functions, seconds).values())
         matmul[dtype] = 2 * n**3 / best
     x = torch.ones(2**27)
-    return Ceilings(matmul, x.nbytes / interleaved({"sum": x.sum}, seconds)["sum"].p10)
+    half, other = x[: 2**26], x[2**26 :]
+    memory = interleaved({"sum": x.sum, "copy": lambda: half.copy_(other)}, seconds)
+    return Ceilings(matmul, x.nbytes / memory["sum"].p10, x.nbytes / memory["copy"].p10)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: what is compared on which inputs, and the least that it costs.
+
+    Most of it is made only when the line is measured: large inputs must not all exist at once.
+    """
+
+    group: str  # lines of a group, dtype and direction share a geometric mean
+    case: str
+    dtype: str
+    direction: str  # "forward", "forward+backward", ...
+    competitors: Callable[[], dict[str, Callable[[], object]]]  # "ours" first, then the peers
+    wrong: Callable[[], str | None]  # why our result is wrong, or None
+    flops: float = 0.0
+    bytes_read: float = 0.0
+    bytes_written: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.case, self.dtype, self.direction) if part)
+
+
+def measure(lines: list[Line], options: Options) -> list[dict]:
+    """A row for each line that the options choose, the geometric mean of every group, and the ceilings.
+
+    "ratio" is the first peer's time over ours; with several peers, "best peer" is that of the fastest.
+    """
+    chosen = [line for line in lines if line.dtype in options.dtypes and options.cases in f"{line.group} {line.case}"]
+    if not chosen:
+        every = ", ".join(dict.fromkeys(f"{line.group} {line.case}" for line in lines))
+        raise SystemExit(f"--cases {options.cases!r} matches no group and no case: {every}")
+    ceilings = measure_ceilings(options.dtypes)
+    rows, ratios = [], {}
+    for line in tqdm(chosen, unit="line", file=sys.stderr):
+        if error := line.wrong():
+            rows.append({"name": line.name, "error": error})
+            continue
+        timings = interleaved(line.competitors(), options.seconds)
+        row = _figures(line, timings, ceilings)
+        ratios.setdefault((line.group, line.dtype, line.direction), []).append(row["ratio"])
+        rows.append({"name": line.name, **row})
+    means = [
+        {"name": f"geometric mean, {' '.join(key)}", "ratio": round(geometric_mean(values), 2)}
+        for key, values in ratios.items()
+        if len(values) > 1
+    ]
+    return rows + means + ceilings.rows()
+
+
+def _figures(line: Line, timings: dict[str, Timing], ceilings: Ceilings) -> dict:
+    ours, *peers = timings.values()
+    figures = {
+        "unit": "ms",
+        "ours": round(ours.median * 1e3, 4),
+        "p10": round(ours.p10 * 1e3, 4),
+        "p90": round(ours.p90 * 1e3, 4),
+        **{name: round(timing.median * 1e3, 4) for name, timing in timings.items() if name != "ours"},
+        "ratio": round(peers[0].median / ours.median, 2),
+    }
+    if len(peers) > 1:
+        figures["best peer"] = round(min(peer.median for peer in peers) / ours.median, 2)
+    moved = line.bytes_read + line.bytes_written
+    if line.flops:
+        figures["GFLOP/s"] = round(line.flops / ours.median / 1e9, 1)
+    if moved:
+        figures["GB/s"] = round(moved / ours.median / 1e9, 1)
+    least = ceilings.seconds(line.dtype, line.flops, line.bytes_read, line.bytes_written)
+    return figures | {"% of ceiling": round(100 * least / ours.median, 1)}
 
 
 def conditions() -> dict:

@@ -1,23 +1,30 @@
-"""The same cases for pytest-benchmark: `pytest benchmarks --benchmark-autosave`, `--benchmark-compare` and so on."""
+"""The same lines for pytest-benchmark: `pytest benchmarks --benchmark-autosave`, `--benchmark-compare` and so on."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import harness
-from benchmarks.ops import attention
+from benchmarks.__main__ import load, names
 
-DTYPES = ("float32", "bfloat16")
+LINES = [
+    line
+    for name in names()
+    if hasattr(module := load(name), "lines")
+    for line in module.lines()
+    if line.dtype in ("float32", "bfloat16")
+]
 
 
-@pytest.mark.parametrize("competitor", ["ours", "SDPA"])
-@pytest.mark.parametrize("direction", attention.PASSES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", attention.every_case(), ids=str)
-def test_attention(case, dtype, direction, competitor, benchmark):
-    if direction not in attention.passes(case):
-        pytest.skip("nobody trains with one query")
-    benchmark.group = f"{case.name} {dtype} {direction}"
-    if competitor == "ours":
-        assert attention.wrong(case, harness.DTYPES[dtype]) is None
-    benchmark(attention.competitors(case, harness.DTYPES[dtype], direction)[competitor])
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+def test_ours(line, benchmark):
+    benchmark.group = line.name
+    assert line.wrong() is None
+    benchmark(line.competitors()["ours"])
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+def test_best_known_peer(line, benchmark):
+    """The first peer: what a user would run instead."""
+    benchmark.group = line.name
+    _, peer, *_ = line.competitors().values()
+    benchmark(peer)

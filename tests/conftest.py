@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Threads that wait must not spin: the shapes of tests are small, and on a busy machine spinning takes ten times longer.
@@ -12,6 +15,7 @@ import torch
 import lmkernels
 
 BACKENDS = ("reference", "native")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")  # each has all that the ones before it have
 
 
 def pytest_addoption(parser):
@@ -64,3 +68,27 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def rerun_on_isa(request, native) -> Callable:
+    """rerun_on_isa(__file__, "expression"): the tests of a file that -k selects, once more on another instruction set.
+
+    In a process of its own, where the instruction set is chosen anew. A test that takes it runs once per instruction
+    set of this machine, but for the one that this process runs on.
+    """
+    isa, running = request.param, torch.ops.lmkernels.cpu_isa()
+    if isa == running:
+        pytest.skip("the tests themselves have just run on it")
+    if ISAS.index(isa) > ISAS.index(running):
+        pytest.skip(f"this process runs on {running}")
+
+    def rerun(file: str, expression: str) -> None:
+        command = [sys.executable, "-m", "pytest", file, "-q", "-k", expression, "--tb=short", "-p", "no:cacheprovider"]
+        environment = os.environ | {"LMKERNELS_CPU_ISA": isa}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, (
+            f"LMKERNELS_CPU_ISA={isa} {' '.join(command)}\n{run.stdout[-8000:]}{run.stderr[-2000:]}"
+        )
+
+    return rerun

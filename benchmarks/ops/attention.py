@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from benchmarks import harness
 from lmkernels import attention
@@ -16,40 +14,15 @@ from lmkernels.testing import cases, numerics
 PASSES = ("forward", "forward+backward")
 
 
-def run(options: harness.Options) -> list[dict]:
-    """One row per case, dtype and pass, and the geometric mean of every group."""
-    ceilings = harness.measure_ceilings(options.dtypes)
-    chosen = [
-        (group, case, dtype)
+def lines() -> list[harness.Line]:
+    """One per case, dtype and pass."""
+    return [
+        line(group, case, dtype, direction)
         for group, members in cases.ATTENTION_BENCHMARKS.items()
-        for dtype in options.dtypes
+        for dtype in harness.DTYPES
         for case in members
-        if options.cases in f"{group} {case.name}"
+        for direction in passes(case)
     ]
-    if not chosen:
-        raise SystemExit(f"--cases {options.cases!r} matches no group and no case: {', '.join(map(str, every_case()))}")
-    rows = []
-    ratios: dict[tuple[str, str, str], list[float]] = {}
-    for group, case, dtype in tqdm(chosen, unit="case", file=sys.stderr):
-        error = wrong(case, harness.DTYPES[dtype])
-        for direction in passes(case):
-            name = f"{case.name} {dtype} {direction}"
-            if error:
-                rows.append({"name": name, "error": error})
-                continue
-            timings = harness.interleaved(competitors(case, harness.DTYPES[dtype], direction), options.seconds)
-            row = figures(case, dtype, direction, timings, ceilings)
-            ratios.setdefault((group, dtype, direction), []).append(row["ratio"])
-            rows.append({"name": name, **row})
-    means = [
-        {"name": f"geometric mean, {group} {dtype} {direction}", "ratio": round(harness.geometric_mean(values), 2)}
-        for (group, dtype, direction), values in ratios.items()
-    ]
-    return rows + means + ceilings.rows()
-
-
-def every_case() -> list[cases.AttentionCase]:
-    return [case for members in cases.ATTENTION_BENCHMARKS.values() for case in members]
 
 
 def passes(case: cases.AttentionCase) -> tuple[str, ...]:
@@ -96,29 +69,21 @@ def competitors(case: cases.AttentionCase, dtype: torch.dtype, direction: str) -
     return {"ours": call(ours, *own), "SDPA": call(sdpa, *torchs)}
 
 
-def figures(
-    case: cases.AttentionCase,
-    dtype: str,
-    direction: str,
-    timings: dict[str, harness.Timing],
-    ceilings: harness.Ceilings,
-) -> dict:
-    d, d_v = case.d, case.d_v or case.d
+def line(group: str, case: cases.AttentionCase, dtype: str, direction: str) -> harness.Line:
+    d, d_v, torch_dtype = case.d, case.d_v or case.d, harness.DTYPES[dtype]
     pairs = case.b * case.h * case.visible_pairs()
     flops, tensors = 2 * pairs * (d + d_v), 1
     if direction != "forward":
         # again q k^T, and dout v^T, dv, dq, dk; reads and writes what the forward did, the gradients too
         flops, tensors = flops + 2 * pairs * (3 * d + 2 * d_v), 3
     queries, keys = case.b * case.h * case.s_q, case.b * (case.h_kv or case.h) * case.s_k
-    bytes_moved = tensors * (queries + keys) * (d + d_v) * harness.DTYPES[dtype].itemsize
-    ours, sdpa = timings["ours"], timings["SDPA"]
-    return {
-        "unit": "ms",
-        "ours": round(ours.median * 1e3, 4),
-        "p10": round(ours.p10 * 1e3, 4),
-        "p90": round(ours.p90 * 1e3, 4),
-        "SDPA": round(sdpa.median * 1e3, 4),
-        "ratio": round(sdpa.median / ours.median, 2),
-        "GFLOP/s": round(flops / ours.median / 1e9, 1),
-        "% of ceiling": round(100 * ceilings.seconds(dtype, flops, bytes_moved) / ours.median, 1),
-    }
+    return harness.Line(
+        group,
+        case.name,
+        dtype,
+        direction,
+        competitors=lambda: competitors(case, torch_dtype, direction),
+        wrong=lambda: wrong(case, torch_dtype),
+        flops=flops,
+        bytes_read=tensors * (queries + keys) * (d + d_v) * torch_dtype.itemsize,
+    )

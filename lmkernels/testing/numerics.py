@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,75 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
+def results(
+    function: Callable, inputs: dict[str, Tensor], differentiable: Iterable[str] = (), **options
+) -> dict[str, Tensor]:
+    """function(**inputs, **options): its results (out, out1, ...) and its gradients (x gives dx, weight dweight ...).
+
+    The gradients that arrive at the results are drawn from a generator of their own, and rounded to 16 bits: so they
+    are the same for every dtype. Floating results only.
+    """
+    leaves = {name: inputs[name].detach().requires_grad_() for name in differentiable}
+    outs = function(**inputs | leaves, **options)
+    outs = (outs,) if isinstance(outs, Tensor) else tuple(outs)
+    found = {f"out{i or ''}": out.detach() for i, out in enumerate(outs)}
+    if leaves:
+        generator = torch.Generator().manual_seed(1)
+        douts = [
+            torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(out.device, out.dtype) for out in outs
+        ]
+        gradients = torch.autograd.grad(outs, leaves.values(), douts)
+        found |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return found
+
+
+def in_dtype(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same values with every floating tensor in another dtype."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def assert_op_as_accurate(
+    function: Callable,
+    reference: Callable,
+    plain: Callable,
+    inputs: dict[str, Tensor],
+    differentiable: Iterable[str] = (),
+    *,
+    dtype: torch.dtype,
+    samples: int | None = None,
+    **options,
+) -> None:
+    """Every result and gradient of function(**inputs, **options) by the rule of `assert_as_accurate`.
+
+    reference: the definition, here run in float64
+    plain: what one writes in eager torch, run in the dtype of the inputs
+    differentiable: names of the inputs whose gradients are compared
+    dtype: of the inputs
+    """
+    differentiable = tuple(differentiable)
+    actual = results(function, inputs, differentiable, **options)
+    golden = results(reference, in_dtype(inputs, torch.float64), differentiable, **options)
+    if dtype == torch.float64:
+        single = in_dtype(inputs, torch.float32)
+        yardstick = _float64_yardstick(
+            golden,
+            results(plain, single, differentiable, **options),
+            results(reference, in_dtype(single, torch.float64), differentiable, **options),
+        )
+    else:
+        yardstick = results(plain, inputs, differentiable, **options)
+    errors = []
+    for name, exact in golden.items():
+        if actual[name].dtype != yardstick[name].dtype and dtype != torch.float64:
+            errors.append(f"{name}: dtype {actual[name].dtype}, plain torch {yardstick[name].dtype}")
+        try:
+            assert_as_accurate(actual[name], exact, yardstick[name], name, dtype=dtype, samples=samples)
+        except AssertionError as error:
+            errors.append(str(error))
+    if errors:
+        raise AssertionError("\n".join(errors))
+
+
 def attention_results(function: Callable, inputs: AttentionInputs, **options) -> dict[str, Tensor]:
     """out, lse and the gradient of everything that has one: q gives dq, bias gives dbias, and so on.
 
@@ -127,18 +196,23 @@ def golden_attention(inputs: AttentionInputs) -> dict[str, Tensor]:
 
 
 def plain_attention_results(inputs: AttentionInputs) -> dict[str, Tensor]:
-    """What plain torch gives in the inputs' dtype, the yardstick of `assert_as_accurate`.
-
-    Nothing wider than float64 measures it, so there the yardstick is float32's error, scaled by the ratio of the two
-    roundings, 2^-29, and by sqrt(2) because the golden result errs as much, and put on the golden result.
-    """
+    """What plain torch gives in the inputs' dtype, the yardstick of `assert_as_accurate`."""
     if inputs.q.dtype != torch.float64:
         return attention_results(plain_attention, inputs)
     single = inputs.to(torch.float32)
-    plain, golden = attention_results(plain_attention, single), golden_attention(single)
+    return _float64_yardstick(
+        golden_attention(inputs), attention_results(plain_attention, single), golden_attention(single)
+    )
+
+
+def _float64_yardstick(golden: dict, plain32: dict, golden32: dict) -> dict[str, Tensor]:
+    """Nothing wider than float64 measures it, so its yardstick is float32's error, put on the golden result.
+
+    The error is scaled by the ratio of the two roundings, 2^-29, and by sqrt(2) because the golden result errs as much.
+    """
     return {
-        name: torch.where(exact.isfinite(), exact + (plain[name] - golden[name]) * 2.0**-28.5, exact)
-        for name, exact in golden_attention(inputs).items()
+        name: torch.where(exact.isfinite(), exact + (plain32[name] - golden32[name]) * 2.0**-28.5, exact)
+        for name, exact in golden.items()
     }
 
 

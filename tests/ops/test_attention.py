@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from lmkernels.ops.attention.reference import scores_and_visible
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = ["generic", "avx2", "avx512", "avx512bf16"]  # each has all that the ones before it have
 
 
 def short(dtype: torch.dtype) -> str:
@@ -136,31 +132,5 @@ def test_any_combination_of_features_is_right(dtype, backend, device, case):
         torch.testing.assert_close(actual[name].double(), wanted, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(isa, native):
-    """The tests above, once more in a process of its own: the instruction set is chosen once per process."""
-    running = torch.ops.lmkernels.cpu_isa()
-    if isa == running:
-        pytest.skip("the tests above have just run on it")
-    if ISAS.index(isa) > ISAS.index(running):
-        pytest.skip(f"this process runs on {running}")
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            __file__,
-            "-q",
-            "-k",
-            "native and not instruction_set",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-        ],
-        env=os.environ | {"LMKERNELS_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, (
-        f"LMKERNELS_CPU_ISA={isa} {' '.join(run.args)}\n{run.stdout[-8000:]}{run.stderr[-2000:]}"
-    )
+def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
+    rerun_on_isa(__file__, "native and not instruction_set")

@@ -179,3 +179,10 @@ def test_every_entry_of_the_jacobian_agrees_with_finite_differences(name, backen
     case = next(case for case in cases.ATTENTION if case.name == name)
     function, leaves = _function_of_leaves(replace(case, b=2, s_q=4, s_k=4, d=2, d_v=2, kv_lengths=()), backend=backend)
     assert torch.autograd.gradcheck(function, leaves, nondet_tol=1e-12)
+
+
+def test_second_gradients_are_right_where_arguments_depend_on_each_other(backend):
+    """The same tensor as query and key, and values computed from it."""
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    function = lambda x: attention(x, x, x.square(), backend=backend)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, (x,), nondet_tol=1e-12)

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._checks import autocast, check_same_or_wider
 from . import reference
 from .autograd import BACKENDS, run
 from .checks import (
-    autocast,
     check_broadcast,
     check_dropout,
     check_features,
-    check_float,
     check_qkv,
     check_scale,
     check_softcap,
@@ -172,7 +171,7 @@ def scaled_dot_product_attention(
         if attn_mask.dtype == torch.bool:
             mask = check_broadcast("attn_mask", scores, b, h, s_q, s_k)
         else:
-            bias = check_float("attn_mask", check_broadcast("attn_mask", scores, b, h, s_q, s_k), q)
+            bias = check_same_or_wider("attn_mask", check_broadcast("attn_mask", scores, b, h, s_q, s_k), q)
     dropout_p = check_dropout(dropout_p, None)
     module = _dispatch.choose("scaled_dot_product_attention", BACKENDS, None, q, k, v)
     seed = seed_tensor(dropout_p, None, q.device)

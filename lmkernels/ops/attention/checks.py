@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, floating tensors in the autocast dtype, as torch does for matmuls; float64 stays."""
-    x = tensors[0]
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+from .._checks import FLOATS, check_finite, check_number, check_same_or_wider
 
 
 def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
@@ -35,7 +24,7 @@ def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
             and d > 0
             and d_v > 0
             and q.dtype == k.dtype == v.dtype
-            and q.dtype in _FLOATS
+            and q.dtype in FLOATS
             and q.device == k.device == v.device
         )
     except (AttributeError, ValueError):
@@ -53,7 +42,7 @@ def _explain_qkv(q, k, v, names) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must be (b, s, h, d) with 4 axes, got {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have {names[0]}'s dtype {q.dtype}, got {x.dtype}")
@@ -98,27 +87,14 @@ def check_window(window, causal) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def _check_number(name: str, x) -> None:
-    if not isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-
-
-def _check_finite(name: str, x) -> float:
-    _check_number(name, x)
-    # by comparison, not math.isfinite: x may be a symbol of a graph that is being compiled
-    if not abs(x) < math.inf:
-        raise ValueError(f"{name} must be a finite number, got {x}")
-    return float(x)
-
-
 def check_scale(scale: float | None, d: int) -> float:
-    return d**-0.5 if scale is None else _check_finite("scale", scale)
+    return d**-0.5 if scale is None else check_finite("scale", scale)
 
 
 def check_softcap(softcap: float) -> float:
     if softcap == 0.0:
         return 0.0
-    softcap = _check_finite("softcap", softcap)
+    softcap = check_finite("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be a finite number >= 0 (0 is off), got {softcap}")
     return softcap
@@ -127,7 +103,7 @@ def check_softcap(softcap: float) -> float:
 def check_dropout(dropout_p: float, seed: int | Tensor | None) -> float:
     if dropout_p == 0.0 and seed is None:
         return 0.0
-    _check_number("dropout_p", dropout_p)
+    check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
     if isinstance(seed, Tensor):
@@ -162,13 +138,6 @@ def check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int) ->
     return x
 
 
-def check_float(name: str, x: Tensor, q: Tensor) -> Tensor:
-    if x.dtype != q.dtype and (x.dtype != torch.float32 or q.dtype == torch.float64):
-        allowed = q.dtype if q.dtype in (torch.float32, torch.float64) else f"{q.dtype} or torch.float32"
-        raise TypeError(f"{name} must be {allowed}, got {x.dtype}")
-    return x
-
-
 def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths):
     """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take."""
     if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
@@ -191,14 +160,14 @@ def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths
             raise TypeError(f"mask must be bool (True = may attend), got {mask.dtype}; pass floats as bias")
         mask = check_broadcast("mask", mask, b, h, s_q, s_k)
     if bias is not None:
-        bias = check_broadcast("bias", check_float("bias", bias, q), b, h, s_q, s_k)
+        bias = check_broadcast("bias", check_same_or_wider("bias", bias, q), b, h, s_q, s_k)
     if alibi_slopes is not None:
-        check_float("alibi_slopes", alibi_slopes, q)
+        check_same_or_wider("alibi_slopes", alibi_slopes, q)
         if tuple(alibi_slopes.shape) not in ((h,), (b, h)):
             raise ValueError(
                 f"alibi_slopes must be (h,) = {(h,)} or (b, h) = {(b, h)}, got {tuple(alibi_slopes.shape)}"
             )
-    if sink is not None and tuple(check_float("sink", sink, q).shape) != (h,):
+    if sink is not None and tuple(check_same_or_wider("sink", sink, q).shape) != (h,):
         raise ValueError(f"sink must be (h,) = {(h,)}, got {tuple(sink.shape)}")
     if kv_lengths is not None:
         if kv_lengths.dtype not in (torch.int32, torch.int64):
