@@ -5,28 +5,6 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-template <class M>
-constexpr int64_t panel_of() {
-  return kTileVecs * M::V::kLanes;
-}
-
-// Hands out aligned pieces of the scratch memory; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base_ + used_);
-    used_ += round_up(n * int64_t(sizeof(T)), 64);
-    return p;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 // Rows of one key head: all queries of the first head that reads it, then of the second, ...
 struct Row {
   int64_t h, i;    // query head and position

@@ -113,6 +113,28 @@ T load_one(DType dtype, const void* src, int64_t index) {
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+template <class M>
+constexpr int64_t panel_of() {
+  return kTileVecs * M::V::kLanes;
+}
+
+// Hands out aligned pieces of the scratch memory; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(n * int64_t(sizeof(T)), 64);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
 #if LMK_BF16_DOT
 inline void copy_pairs(const void* src, int64_t n, uint32_t* dst) {
   const uint32_t* p = static_cast<const uint32_t*>(src);
