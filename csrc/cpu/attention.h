@@ -9,13 +9,29 @@ namespace lmk {
 
 constexpr int64_t kFewRows = 8;  // the split path takes up to this many rows per key head
 
+// One sequence: where it lies in the tensors, and the tasks that its key heads are divided into.
+struct Sequence {
+  int64_t entry;             // of the batch axis: its own number; 0 where the tensors hold all sequences end to end
+  int64_t first_q, first_k;  // positions of its first query and key on the seq axis
+  int64_t seq_q, seq_k;
+  int64_t keys;          // the keys after so many of seq_k are hidden
+  int64_t offset;        // query i sees i + offset - left <= j <= i + offset + right; -1 is unbounded
+  int64_t parts, share;  // tasks per key head; what one takes: query rows (forward), keys (split)
+  int64_t parts_before;  // tasks of earlier sequences
+  int64_t rows_before;   // rows of partial results of earlier sequences
+};
+
+struct AttentionTask {
+  int64_t sequence, head_kv, part;
+};
+
 // One tensor indexed (batch, seq, head, :) with a contiguous last axis; strides in elements.
 struct Heads {
   const void* data;
   int64_t batch, seq, head;
 };
 
-// One tensor that broadcasts to the scores (batch, heads, seq_q, seq_k) by strides of 0; data is null where absent.
+// One tensor that broadcasts to the scores (sequence, heads, seq_q, seq_k) by strides of 0; data is null where absent.
 struct ScoreMap {
   const void* data;
   int64_t batch, head, q, k;
@@ -24,57 +40,58 @@ struct ScoreMap {
 
 struct AttentionArgs {
   DType dtype;  // of q, k, v, out, dout, dq, dk, dv
-  int64_t batch, heads, heads_kv, seq_q, seq_k, head_dim, head_dim_v;
+  int64_t sequences, heads, heads_kv, head_dim, head_dim_v;
+  int64_t seq_q, seq_k;      // the tensors' seq axes: of all sequences together where they lie end to end
+  const Sequence* sequence;  // (sequences,)
+  int64_t most_rows;         // of one task; scratch is made for it
   Heads q, k, v;
   ScoreMap mask, bias;
-  const float* slopes;               // ALiBi, (batch or 1, heads); doubles for DType::f64, as are sink and lse
+  const float* slopes;               // ALiBi, (sequences or 1, heads); doubles for DType::f64, as are sink and lse
   int64_t slopes_batch;              // 0 or heads
   const float* sink;                 // (heads,)
-  const int32_t* kv_lengths;         // (batch,)
-  int64_t left, right, offset;       // query i sees i + offset - left <= j <= i + offset + right; -1 is unbounded
+  int64_t left, right;               // window around the diagonal
   double scale, softcap, dropout_p;  // softcap 0 and dropout_p 0 are off
   uint64_t seed;
 
   // forward
-  void* out;               // (batch, seq_q, heads, head_dim_v), contiguous
-  void* lse;               // (batch, heads, seq_q), float or double
-  int64_t rows_per_task;   // query rows of one task; results do not depend on it
-  int64_t keys_per_split;  // keys of one task of the split path
-  void* partial;           // split path: per task, the maximum, sum and accumulator of each row
+  void* out;      // (batch, seq_q, heads, head_dim_v), contiguous
+  void* lse;      // (batch, heads, seq_q), float or double
+  void* partial;  // split path: per task, the maximum, sum and accumulator of each row
 
   // backward
   Heads dout;
   const void* dlse;         // (batch, heads, seq_q), contiguous, or null
   void *dq, *dk, *dv;       // contiguous, in dtype
-  int64_t chunks;           // tasks per key head; each owns every chunks-th block of keys
-  void* dq_partial;         // (batch, heads_kv, chunks, heads / heads_kv * seq_q, padded head_dim)
-  double* dslopes_partial;  // (batch, heads_kv, chunks, heads / heads_kv) or null
-  double* dsink_partial;    // (batch, heads) or null
+  void* dq_partial;         // (rows of every task of a key head with several, padded head_dim)
+  double* dslopes_partial;  // (tasks, heads / heads_kv) or null
+  double* dsink_partial;    // (sequences, heads) or null
 
-  // gradient of the bias: (batch or 1, heads or 1, seq_q or 1, seq_k or 1), contiguous, in dtype of the bias
+  // gradient of the bias: (sequences or 1, heads or 1, seq_q or 1, seq_k or 1), contiguous, in dtype of the bias
   void* dbias;
   int64_t dbias_batch, dbias_heads, dbias_q, dbias_k;
 };
 
-// Everything for one dtype and instruction set. Tasks are numbered from 0; scratch is aligned to 64 bytes, one per
-// thread. No function allocates, throws or starts threads.
+// Everything for one dtype and instruction set. Scratch is aligned to 64 bytes, one per thread. No function allocates,
+// throws or starts threads.
 struct AttentionKernels {
   int lanes;                       // of the accumulator type
   int64_t accumulator_size;        // bytes
   int64_t key_block;               // keys of one block of the backward
   int64_t dbias_rows, dbias_keys;  // of one task of the bias' gradient
 
-  int64_t (*fwd_scratch)(const AttentionArgs&);                    // bytes
-  void (*fwd)(const AttentionArgs&, int64_t task, void* scratch);  // batch * heads_kv * ceil(rows / rows_per_task)
+  // A task is a share of a key head's query rows. Results do not depend on the share.
+  int64_t (*fwd_scratch)(const AttentionArgs&);  // bytes
+  void (*fwd)(const AttentionArgs&, const AttentionTask&, void* scratch);
 
-  // Few rows and many keys: tasks are (batch, key head, split of the keys); finish takes batch * heads_kv tasks.
+  // Few rows and many keys: a task is a share of the keys. Finish is called once per key head, with part 0.
   int64_t (*split_scratch)(const AttentionArgs&);
-  void (*split)(const AttentionArgs&, int64_t task, void* scratch);
-  void (*split_finish)(const AttentionArgs&, int64_t task);
+  void (*split)(const AttentionArgs&, const AttentionTask&, void* scratch);
+  void (*split_finish)(const AttentionArgs&, const AttentionTask&);
 
+  // A task is every parts-th block of keys. Finish is called, with part 0, once per key head that has several tasks.
   int64_t (*bwd_scratch)(const AttentionArgs&);
-  void (*bwd)(const AttentionArgs&, int64_t task, void* scratch);  // batch * heads_kv * chunks
-  void (*bwd_finish)(const AttentionArgs&, int64_t task);          // batch * heads_kv
+  void (*bwd)(const AttentionArgs&, const AttentionTask&, void* scratch);
+  void (*bwd_finish)(const AttentionArgs&, const AttentionTask&);
 
   int64_t (*dbias_scratch)(const AttentionArgs&);
   void (*dbias)(const AttentionArgs&, int64_t task, void* scratch);  // blocks of the bias

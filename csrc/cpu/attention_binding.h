@@ -1,21 +1,40 @@
 // torch's side of attention: checks, allocates, runs the kernels. Included by bindings.cpp.
 
+#include <cmath>
+#include <vector>
+
 #include "attention.h"
 
 namespace {
 
+// Everything of an attention op but q, k, v and what says where the sequences lie.
+struct AttentionOptions {
+  const OptionalTensor &mask, &bias, &alibi_slopes, &sink, &kv_lengths, &seed;
+  int64_t left, right;
+  double scale, softcap, dropout_p;
+};
+
+using Sequences = std::vector<lmk::Sequence>;
+using AttentionTasks = std::vector<lmk::AttentionTask>;
+using AttentionGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // x itself where its last axis is contiguous, which is all that the kernels ask for, else a copy.
-Tensor dense(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "q, k, v, out and dout must be CPU tensors of 4 axes");
-  return x.stride(3) == 1 || x.size(3) <= 1 ? x : torch::stable::contiguous(x);
+Tensor dense(const Tensor& x, int64_t axes) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == axes, "q, k, v, out and dout must be CPU tensors of 4 axes, 3 when packed");
+  return x.stride(axes - 1) == 1 || x.size(axes - 1) <= 1 ? x : torch::stable::contiguous(x);
 }
 
-lmk::Heads heads_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+// (b, s, h, d), or (s, h, d) as a batch of one entry.
+lmk::Heads heads_of(const Tensor& x) {
+  const int64_t seq = x.dim() - 3;
+  return {x.const_data_ptr(), seq ? x.stride(0) : 0, x.stride(seq), x.stride(seq + 1)};
+}
 
-lmk::ScoreMap score_map(const OptionalTensor& x, const lmk::AttentionArgs& a) {
+// most_q, most_k: the score axes of a mask or bias.
+lmk::ScoreMap score_map(const OptionalTensor& x, const lmk::AttentionArgs& a, int64_t most_q, int64_t most_k) {
   if (!x) return {};
   STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4, "mask and bias must have 4 axes");
-  const int64_t full[] = {a.batch, a.heads, a.seq_q, a.seq_k};
+  const int64_t full[] = {a.sequences, a.heads, most_q, most_k};
   int64_t strides[4];
   for (int64_t i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(x->size(i) == full[i] || x->size(i) == 1, "mask and bias must broadcast to (b, h, s_q, s_k)");
@@ -34,49 +53,138 @@ const float* accumulator_data(const OptionalTensor& x, const Tensor& q, int64_t 
   return static_cast<const float*>(x->const_data_ptr());
 }
 
-lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                  const OptionalTensor& bias, const OptionalTensor& alibi_slopes,
-                                  const OptionalTensor& sink, const OptionalTensor& kv_lengths,
-                                  const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset, double scale,
-                                  double softcap, double dropout_p) {
+const int32_t* int32_data(const OptionalTensor& x, int64_t numel) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == ScalarType::Int && x->is_contiguous() && x->numel() == numel,
+                  "kv_lengths and cu_seqlens must be contiguous int32 tensors of one size");
+  return static_cast<const int32_t*>(x->const_data_ptr());
+}
+
+// most_q, most_k: the longest sequences.
+lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
+                                  int64_t sequences, int64_t most_q, int64_t most_k) {
   for (const Tensor* x : {&q, &k, &v})
     STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+  const int64_t seq = q.dim() - 3, head = seq + 1, last = seq + 2;  // axes
   lmk::AttentionArgs a{};
   a.dtype = dtype_of(q);
-  a.batch = q.size(0), a.seq_q = q.size(1), a.heads = q.size(2), a.head_dim = q.size(3);
-  a.seq_k = k.size(1), a.heads_kv = k.size(2), a.head_dim_v = v.size(3);
-  STD_TORCH_CHECK(k.size(0) == a.batch && v.size(0) == a.batch && v.size(1) == a.seq_k && v.size(2) == a.heads_kv &&
-                      k.size(3) == a.head_dim,
+  a.sequences = sequences;
+  a.seq_q = q.size(seq), a.heads = q.size(head), a.head_dim = q.size(last);
+  a.seq_k = k.size(seq), a.heads_kv = k.size(head), a.head_dim_v = v.size(last);
+  STD_TORCH_CHECK(k.size(0) == (seq ? q.size(0) : a.seq_k) && v.size(0) == k.size(0) && v.size(seq) == a.seq_k &&
+                      v.size(head) == a.heads_kv && k.size(last) == a.head_dim,
                   "q, k and v do not fit together");
   STD_TORCH_CHECK(a.heads == 0 || (a.heads_kv > 0 && a.heads % a.heads_kv == 0), "h must be a multiple of h_kv");
   STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 256 && a.head_dim_v >= 1 && a.head_dim_v <= 256,
                   "head sizes must be between 1 and 256");
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
-  if (mask) STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "mask must be bool");
-  a.mask = score_map(mask, a);
-  a.bias = score_map(bias, a);
-  const bool per_batch = alibi_slopes && alibi_slopes->dim() == 2;
-  a.slopes = accumulator_data(alibi_slopes, q, per_batch ? a.batch * a.heads : a.heads);
-  a.slopes_batch = per_batch ? a.heads : 0;
-  a.sink = accumulator_data(sink, q, a.heads);
-  if (kv_lengths) {
-    STD_TORCH_CHECK(kv_lengths->is_cpu() && kv_lengths->scalar_type() == ScalarType::Int &&
-                        kv_lengths->is_contiguous() && kv_lengths->numel() == a.batch,
-                    "kv_lengths must be (b,) int32");
-    a.kv_lengths = static_cast<const int32_t*>(kv_lengths->const_data_ptr());
-  }
-  a.left = left, a.right = right, a.offset = offset;
-  a.scale = scale, a.softcap = softcap, a.dropout_p = dropout_p;
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+  if (o.mask) STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
+  a.mask = score_map(o.mask, a, most_q, most_k);
+  a.bias = score_map(o.bias, a, most_q, most_k);
+  const bool per_sequence = o.alibi_slopes && o.alibi_slopes->dim() == 2;
+  a.slopes = accumulator_data(o.alibi_slopes, q, per_sequence ? sequences * a.heads : a.heads);
+  a.slopes_batch = per_sequence ? a.heads : 0;
+  a.sink = accumulator_data(o.sink, q, a.heads);
+  a.left = o.left, a.right = o.right;
+  a.scale = o.scale, a.softcap = o.softcap, a.dropout_p = o.dropout_p;
+  if (o.dropout_p > 0) {
+    STD_TORCH_CHECK(o.seed && o.seed->is_cpu() && o.seed->scalar_type() == ScalarType::Long && o.seed->numel() == 1,
                     "dropout needs a seed: one int64");
-    a.seed = *static_cast<const uint64_t*>(seed->const_data_ptr());
+    a.seed = *static_cast<const uint64_t*>(o.seed->const_data_ptr());
   }
   return a;
 }
 
-double attention_flops(const lmk::AttentionArgs& a) {
-  return 2.0 * a.batch * a.heads * a.seq_q * a.seq_k * (a.head_dim + a.head_dim_v);
+// How many of seq_k keys sequence b has.
+int64_t keys_of(const int32_t* kv_lengths, int64_t b, int64_t seq_k) {
+  return kv_lengths ? std::clamp<int64_t>(kv_lengths[b], 0, seq_k) : seq_k;
+}
+
+// One sequence per batch entry.
+Sequences batch_sequences(const Tensor& q, const Tensor& k, const OptionalTensor& kv_lengths, int64_t offset) {
+  const int64_t batch = q.size(0), seq_k = k.size(1);
+  const int32_t* lengths = int32_data(kv_lengths, batch);
+  Sequences sequences(size_t(batch), lmk::Sequence{});
+  for (int64_t b = 0; b < batch; ++b) {
+    lmk::Sequence& s = sequences[b];
+    s.entry = b;
+    s.seq_q = q.size(1), s.seq_k = seq_k;
+    s.keys = keys_of(lengths, b, seq_k);
+    s.offset = offset;
+  }
+  return sequences;
+}
+
+double attention_flops(const lmk::AttentionArgs& a, const lmk::Sequence& s) {
+  return 2.0 * a.heads * s.seq_q * s.keys * (a.head_dim + a.head_dim_v);
+}
+
+// The order in which sequences are worked on: a long one that came last would keep one thread busy alone.
+std::vector<int64_t> longest_first(const Sequences& sequences) {
+  std::vector<int64_t> order(sequences.size());
+  for (size_t b = 0; b < order.size(); ++b) order[b] = int64_t(b);
+  const auto work = [&](int64_t b) { return sequences[b].seq_q * sequences[b].keys; };
+  std::sort(order.begin(), order.end(),
+            [&](int64_t x, int64_t y) { return work(x) != work(y) ? work(x) > work(y) : x < y; });
+  return order;
+}
+
+// The tasks of a sequence; of each key head the last part first, which a causal triangle makes the longest.
+void add_tasks(int64_t sequence, int64_t heads_kv, int64_t parts, AttentionTasks& tasks) {
+  for (int64_t hk = 0; hk < heads_kv; ++hk)
+    for (int64_t part = parts; part-- > 0;) tasks.push_back({sequence, hk, part});
+}
+
+// Writes a.out and a.lse, of which q is a neighbour for allocations.
+void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, const Tensor& q) {
+  constexpr int64_t kTasksPerThread = 4, kMostRows = 512, kLeastRows = 48, kCacheBytes = 256 * 1024;
+  constexpr int64_t kSplitShares = 128, kSplitUnit = 64, kLeastSplit = 256;
+  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
+  const int64_t group = a.heads / a.heads_kv;
+  const auto takes_split = [&](const lmk::Sequence& s) { return group * s.seq_q <= lmk::kFewRows; };
+  int64_t all_rows = 0;
+  for (const lmk::Sequence& s : sequences)
+    if (!takes_split(s)) all_rows += a.heads * s.seq_q;
+  // Keys are packed once per task: many rows share the cost, as long as their queries and sums stay in the L2 cache.
+  const int64_t cached = kCacheBytes / ((a.head_dim + a.head_dim_v) * kernels.accumulator_size);
+  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
+  const int64_t most_share =
+      std::clamp((all_rows + wanted - 1) / wanted, kLeastRows, std::min(kMostRows, std::max(kLeastRows, cached)));
+  AttentionTasks tasks, splits, finishes;
+  int64_t split_rows = 0;
+  double flops = 0, split_work = 0;
+  for (const int64_t b : longest_first(sequences)) {
+    lmk::Sequence& s = sequences[b];
+    const int64_t rows = group * s.seq_q;
+    if (rows == 0) continue;
+    if (!takes_split(s)) {
+      s.parts = (rows + most_share - 1) / most_share;
+      s.share = (rows + s.parts - 1) / s.parts;
+      flops += attention_flops(a, s);
+      add_tasks(b, a.heads_kv, s.parts, tasks);
+      continue;
+    }
+    // shares of the keys, and with them the results, depend on the shape of one sequence alone
+    s.share = std::max(kLeastSplit, (s.seq_k * a.heads_kv / kSplitShares + kSplitUnit - 1) / kSplitUnit * kSplitUnit);
+    s.parts = std::max<int64_t>(1, (s.seq_k + s.share - 1) / s.share);
+    s.rows_before = split_rows;
+    split_rows += a.heads_kv * s.parts * rows;
+    split_work += 16 * attention_flops(a, s) / rows;  // a key costs its bytes here, not its flops
+    add_tasks(b, a.heads_kv, s.parts, splits);
+    add_tasks(b, a.heads_kv, 1, finishes);
+  }
+  a.sequence = sequences.data();
+  a.most_rows = most_share;
+  run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops,
+            [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], scratch); });
+  if (splits.empty()) return;
+  const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  Tensor partial = torch::stable::new_empty(q, {split_rows * state}, accumulator(q));
+  a.partial = partial.mutable_data_ptr();
+  a.most_rows = lmk::kFewRows;
+  run_tasks(int64_t(splits.size()), kernels.split_scratch(a), split_work,
+            [&](int64_t i, void* scratch) { kernels.split(a, splits[i], scratch); });
+  run_tasks(int64_t(finishes.size()), 0, 0, [&](int64_t i, void*) { kernels.split_finish(a, finishes[i]); });
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, const Tensor& v_,
@@ -85,133 +193,154 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
                                          const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
                                          int64_t right, int64_t offset, double scale, double softcap,
                                          double dropout_p) {
-  const Tensor q = dense(q_), k = dense(k_), v = dense(v_);
-  lmk::AttentionArgs a = attention_args(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
-                                        scale, softcap, dropout_p);
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.seq_q, a.heads, a.head_dim_v});
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.seq_q}, accumulator(q));
+  const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
+  lmk::AttentionArgs a = attention_args(
+      q, k, v, {mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, scale, softcap, dropout_p}, q.size(0),
+      q.size(1), k.size(1));
+  Tensor out = torch::stable::new_empty(q, {q.size(0), a.seq_q, a.heads, a.head_dim_v});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.heads, a.seq_q}, accumulator(q));
   if (lse.numel() == 0) return {out, lse};
-  a.out = out.mutable_data_ptr();
-  a.lse = lse.mutable_data_ptr();
-
-  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
-  const int64_t rows = a.heads / a.heads_kv * a.seq_q, key_heads = a.batch * a.heads_kv;
-  const double flops = attention_flops(a);
-  if (rows <= lmk::kFewRows) {
-    // shares of the keys, and with them the results, depend on the shape of one sequence alone
-    constexpr int64_t kShares = 128, kUnit = 64, kAtLeast = 256;
-    a.keys_per_split = std::max(kAtLeast, (a.seq_k * a.heads_kv / kShares + kUnit - 1) / kUnit * kUnit);
-    const int64_t splits = std::max<int64_t>(1, (a.seq_k + a.keys_per_split - 1) / a.keys_per_split);
-    const int64_t state = rows * (2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes);
-    Tensor partial = torch::stable::new_empty(q, {key_heads * splits * state}, accumulator(q));
-    a.partial = partial.mutable_data_ptr();
-    // a key costs its bytes here, not its flops
-    const double work = 16 * flops / rows;
-    run_tasks(key_heads * splits, kernels.split_scratch(a), work,
-              [&](int64_t task, void* scratch) { kernels.split(a, task, scratch); });
-    run_tasks(key_heads, 0, 0, [&](int64_t task, void*) { kernels.split_finish(a, task); });
-    return {out, lse};
-  }
-  // Keys are packed once per task: many rows share the cost, as long as their queries and sums stay in the L2 cache.
-  constexpr int64_t kTasksPerThread = 4, kMostRows = 512, kLeastRows = 48, kCacheBytes = 256 * 1024;
-  const int64_t cached = kCacheBytes / ((a.head_dim + a.head_dim_v) * kernels.accumulator_size);
-  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
-  const int64_t per_head = std::max<int64_t>(1, (wanted + key_heads - 1) / key_heads);
-  a.rows_per_task =
-      std::clamp((rows + per_head - 1) / per_head, kLeastRows, std::min(kMostRows, std::max(kLeastRows, cached)));
-  const int64_t tasks = key_heads * ((rows + a.rows_per_task - 1) / a.rows_per_task);
-  run_tasks(tasks, kernels.fwd_scratch(a), flops,
-            // the last rows of a causal triangle are the longest: they go first
-            [&](int64_t task, void* scratch) { kernels.fwd(a, tasks - 1 - task, scratch); });
+  a.out = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
+  Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
+  run_attention_fwd(a, sequences, q);
   return {out, lse};
 }
 
-// Tasks of the backward per key head. Each holds a gradient of its own for q, which are then added in order.
-int64_t backward_chunks(const lmk::AttentionArgs& a, const lmk::AttentionKernels& kernels, bool deterministic) {
+// Sets the tasks per key head of the backward, which each hold a gradient of their own for q; these are added in order.
+void divide_backward(const lmk::AttentionArgs& a, const lmk::AttentionKernels& kernels, bool deterministic,
+                     Sequences& sequences) {
   constexpr int64_t kMost = 16, kTasksPerThread = 4, kDeterministicTasks = 16;
-  const int64_t key_heads = a.batch * a.heads_kv, threads = torch::stable::get_num_threads();
-  const int64_t blocks = (a.seq_k + kernels.key_block - 1) / kernels.key_block;
-  if (!deterministic && key_heads % threads == 0) return 1;
-  // deterministic: from the shape of one sequence alone
-  const int64_t share = deterministic ? a.heads_kv : key_heads;
-  const int64_t tasks = deterministic ? kDeterministicTasks : kTasksPerThread * threads;
-  return std::clamp<int64_t>((tasks + share - 1) / share, 1, std::min(kMost, blocks));
+  const int64_t threads = torch::stable::get_num_threads();
+  double all_work = 0, most_work = 0;  // of one key head per sequence
+  for (const lmk::Sequence& s : sequences) {
+    const double work = double(s.seq_q) * double(s.keys);
+    all_work += work, most_work = std::max(most_work, work);
+  }
+  const bool alike = most_work * double(sequences.size()) == all_work;
+  const bool even = alike && int64_t(sequences.size()) * a.heads_kv % threads == 0;
+  int64_t parts = 0, rows = 0;
+  for (lmk::Sequence& s : sequences) {
+    int64_t wanted = 1;
+    if (deterministic)  // from the shape of one sequence alone
+      wanted = (kDeterministicTasks + a.heads_kv - 1) / a.heads_kv;
+    else if (!even && all_work > 0)
+      wanted = int64_t(
+          std::ceil(kTasksPerThread * threads * double(s.seq_q) * double(s.keys) / (all_work * double(a.heads_kv))));
+    const int64_t blocks = (s.seq_k + kernels.key_block - 1) / kernels.key_block;
+    s.parts = std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(blocks, 1, kMost));
+    s.parts_before = parts, s.rows_before = rows;
+    parts += a.heads_kv * s.parts;
+    if (s.parts > 1) rows += a.heads_kv * s.parts * (a.heads / a.heads_kv * s.seq_q);
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
-    const OptionalTensor& dout_, const OptionalTensor& dlse_, const Tensor& q_, const Tensor& k_, const Tensor& v_,
-    const Tensor& out, const Tensor& lse, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& sink, const OptionalTensor& kv_lengths,
-    const OptionalTensor& seed, int64_t left, int64_t right, int64_t offset, double scale, double softcap,
-    double dropout_p, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic) {
-  const Tensor q = dense(q_), k = dense(k_), v = dense(v_);
+// (n,) or (sequences, n) doubles in the accumulator's dtype
+void store_sums(const std::vector<double>& sums, Tensor& x) {
+  if (x.scalar_type() == ScalarType::Double)
+    std::copy(sums.begin(), sums.end(), static_cast<double*>(x.mutable_data_ptr()));
+  else
+    std::copy(sums.begin(), sums.end(), static_cast<float*>(x.mutable_data_ptr()));
+}
+
+// a holds everything but the gradients, which arrive and are written here. q, k: as they were given, dense or packed.
+AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences, const OptionalTensor& dout_,
+                                     const OptionalTensor& dlse_, const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& out, const Tensor& lse, const AttentionOptions& o, bool need_dbias,
+                                     bool need_dslopes, bool need_dsink, bool deterministic) {
   const OptionalTensor dlse = dlse_ ? OptionalTensor(torch::stable::contiguous(*dlse_)) : dlse_;
-  lmk::AttentionArgs a = attention_args(q, k, v, mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset,
-                                        scale, softcap, dropout_p);
-  const ScalarType acc = accumulator(q);
-  const Tensor dout = dout_ ? dense(*dout_) : torch::stable::new_zeros(out, {a.batch, a.seq_q, a.heads, a.head_dim_v});
-  for (const Tensor* x : {&out, &dout})
-    STD_TORCH_CHECK(x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type() && x->size(0) == a.batch &&
-                        x->size(1) == a.seq_q && x->size(2) == a.heads && x->size(3) == a.head_dim_v,
-                    "out and dout must be (b, s_q, h, d_v) in q's dtype");
+  const Tensor dout = dout_ ? dense(*dout_, q.dim()) : torch::stable::new_zeros(out, out.sizes());
+  for (const Tensor* x : {&out, &dout}) {
+    bool fits = x->is_cpu() && x->dim() == q.dim() && x->scalar_type() == q.scalar_type();
+    for (int64_t i = 0; fits && i < q.dim(); ++i) fits = x->size(i) == (i == q.dim() - 1 ? a.head_dim_v : q.size(i));
+    STD_TORCH_CHECK(fits, "out and dout must be (b, s_q, h, d_v), or (t_q, h, d_v) when packed, in q's dtype");
+  }
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
+  const int64_t numel = q.numel() / a.head_dim;
   a.dout = heads_of(dout);
   a.out = const_cast<void*>(out.const_data_ptr());
-  a.lse = const_cast<float*>(accumulator_data(lse, q, a.batch * a.heads * a.seq_q));
-  a.dlse = accumulator_data(dlse, q, a.batch * a.heads * a.seq_q);
+  a.lse = const_cast<float*>(accumulator_data(lse, q, numel));
+  a.dlse = accumulator_data(dlse, q, numel);
 
-  Tensor dq = torch::stable::new_empty(q, {a.batch, a.seq_q, a.heads, a.head_dim});
-  Tensor dk = torch::stable::new_empty(k, {a.batch, a.seq_k, a.heads_kv, a.head_dim});
-  Tensor dv = torch::stable::new_empty(v, {a.batch, a.seq_k, a.heads_kv, a.head_dim_v});
-  need_dbias &= bias.has_value(), need_dslopes &= alibi_slopes.has_value(), need_dsink &= sink.has_value();
-  Tensor dbias = need_dbias
-                     ? torch::stable::new_empty(*bias, {bias->size(0), bias->size(1), bias->size(2), bias->size(3)})
-                     : torch::stable::new_empty(q, {0});
-  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
-  const int64_t key_heads = a.batch * a.heads_kv, group = a.heads_kv ? a.heads / a.heads_kv : 0;
+  need_dbias &= o.bias.has_value(), need_dslopes &= o.alibi_slopes.has_value(), need_dsink &= o.sink.has_value();
+  const auto gradient_of = [&](const OptionalTensor& x, bool needed) {
+    return needed ? torch::stable::new_empty(*x, x->sizes()) : torch::stable::new_empty(q, {0});
+  };
+  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes());
+  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Tensor dbias = gradient_of(o.bias, need_dbias), dslopes = gradient_of(o.alibi_slopes, need_dslopes);
+  Tensor dsink = gradient_of(o.sink, need_dsink);
   if (lse.numel() == 0 || k.numel() == 0) {
-    Tensor dslopes = need_dslopes ? torch::stable::empty_like(*alibi_slopes) : torch::stable::new_empty(q, {0});
-    Tensor dsink = need_dsink ? torch::stable::empty_like(*sink) : torch::stable::new_empty(q, {0});
     for (Tensor* x : {&dq, &dk, &dv, &dbias, &dslopes, &dsink}) torch::stable::zero_(*x);
     return {dq, dk, dv, dbias, dslopes, dsink};
   }
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
-  a.chunks = backward_chunks(a, kernels, deterministic);
-  const int64_t wide = (a.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  Tensor dq_partial = torch::stable::new_empty(q, {key_heads * a.chunks * group * a.seq_q * wide}, acc);
+
+  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
+  const int64_t group = a.heads / a.heads_kv, wide = (a.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
+  divide_backward(a, kernels, deterministic, sequences);
+  AttentionTasks tasks, finishes;
+  int64_t partial_rows = 0;
+  double flops = 0;
+  for (const int64_t b : longest_first(sequences)) {
+    const lmk::Sequence& s = sequences[b];
+    const int64_t rows = group * s.seq_q;
+    a.most_rows = std::max(a.most_rows, rows);
+    flops += 2.5 * attention_flops(a, s);
+    add_tasks(b, a.heads_kv, s.parts, tasks);
+    if (s.parts == 1) continue;
+    partial_rows += a.heads_kv * s.parts * rows;
+    add_tasks(b, a.heads_kv, 1, finishes);
+  }
+  a.sequence = sequences.data();
+  Tensor dq_partial = torch::stable::new_empty(q, {partial_rows * wide}, accumulator(q));
   a.dq_partial = dq_partial.mutable_data_ptr();
-  Tensor dslopes = need_dslopes
-                       ? torch::stable::new_empty(q, {a.batch, a.heads_kv, a.chunks, group}, ScalarType::Double)
-                       : torch::stable::new_empty(q, {0});
-  Tensor dsink = need_dsink ? torch::stable::new_empty(q, {a.batch, a.heads}, ScalarType::Double)
-                            : torch::stable::new_empty(q, {0});
-  a.dslopes_partial = need_dslopes ? static_cast<double*>(dslopes.mutable_data_ptr()) : nullptr;
-  a.dsink_partial = need_dsink ? static_cast<double*>(dsink.mutable_data_ptr()) : nullptr;
-  const double flops = 2.5 * attention_flops(a);
-  run_tasks(key_heads * a.chunks, kernels.bwd_scratch(a), flops,
-            [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
-  run_tasks(key_heads, 0, 8.0 * a.chunks * double(dq.numel()),
-            [&](int64_t task, void*) { kernels.bwd_finish(a, task); });
+  std::vector<double> dslopes_partial(need_dslopes ? tasks.size() * size_t(group) : 0);
+  std::vector<double> dsink_partial(need_dsink ? size_t(a.sequences * a.heads) : 0);
+  a.dslopes_partial = need_dslopes ? dslopes_partial.data() : nullptr;
+  a.dsink_partial = need_dsink ? dsink_partial.data() : nullptr;
+  run_tasks(int64_t(tasks.size()), kernels.bwd_scratch(a), flops,
+            [&](int64_t i, void* scratch) { kernels.bwd(a, tasks[i], scratch); });
+  run_tasks(int64_t(finishes.size()), 0, 8.0 * double(partial_rows * wide),
+            [&](int64_t i, void*) { kernels.bwd_finish(a, finishes[i]); });
   if (need_dslopes) {
-    const bool per_batch = a.slopes_batch > 0;
-    const int64_t over_chunks[] = {2}, over_batch_too[] = {0, 2}, shape[] = {a.batch, a.heads}, flat[] = {a.heads};
-    dslopes = per_batch ? torch::stable::reshape(torch::stable::sum(dslopes, over_chunks), shape)
-                        : torch::stable::reshape(torch::stable::sum(dslopes, over_batch_too), flat);
-    dslopes = torch::stable::to(dslopes, acc);
+    std::vector<double> sums(size_t(a.slopes_batch ? a.sequences * a.heads : a.heads));
+    for (int64_t b = 0; b < a.sequences; ++b)
+      for (int64_t part = 0; part < a.heads_kv * sequences[b].parts; ++part)
+        for (int64_t g = 0; g < group; ++g)
+          sums[b * a.slopes_batch + part / sequences[b].parts * group + g] +=
+              dslopes_partial[(sequences[b].parts_before + part) * group + g];
+    store_sums(sums, dslopes);
   }
   if (need_dsink) {
-    const int64_t over_batch[] = {0};
-    dsink = torch::stable::to(torch::stable::sum(dsink, over_batch), acc);
+    std::vector<double> sums(size_t(a.heads));
+    for (int64_t i = 0; i < a.sequences * a.heads; ++i) sums[i % a.heads] += dsink_partial[i];
+    store_sums(sums, dsink);
   }
   if (need_dbias) {
     a.dbias = dbias.mutable_data_ptr();
-    a.dbias_batch = bias->size(0), a.dbias_heads = bias->size(1), a.dbias_q = bias->size(2), a.dbias_k = bias->size(3);
+    a.dbias_batch = dbias.size(0), a.dbias_heads = dbias.size(1), a.dbias_q = dbias.size(2), a.dbias_k = dbias.size(3);
     const int64_t row_tasks = (a.dbias_q + kernels.dbias_rows - 1) / kernels.dbias_rows;
     const int64_t key_tasks = (a.dbias_k + kernels.dbias_keys - 1) / kernels.dbias_keys;
     run_tasks(a.dbias_batch * a.dbias_heads * row_tasks * key_tasks, kernels.dbias_scratch(a), flops,
               [&](int64_t task, void* scratch) { kernels.dbias(a, task, scratch); });
   }
   return {dq, dk, dv, dbias, dslopes, dsink};
+}
+
+AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q_,
+                                 const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse,
+                                 const OptionalTensor& mask, const OptionalTensor& bias,
+                                 const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
+                                 const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
+                                 int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
+                                 bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic) {
+  const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
+  const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
+                                 left, right, scale,        softcap, dropout_p};
+  lmk::AttentionArgs a = attention_args(q, k, v, options, q.size(0), q.size(1), k.size(1));
+  Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
+  return run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes, need_dsink,
+                           deterministic);
 }
 
 }  // namespace

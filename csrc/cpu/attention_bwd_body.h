@@ -66,17 +66,17 @@ T dot_rows(DType dtype, const void* x, const void* y, int64_t n) {
 
 // rowsum(dout * out) - dlse of one row
 template <class T>
-T delta_of(const AttentionArgs& a, int64_t b, const Row& row) {
-  const int64_t at_out = ((b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim_v;
+T delta_of(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  const int64_t at_out = query_number(a, head, row) * a.head_dim_v;
   const void* out = static_cast<const char*>(a.out) + at_out * element_size(a.dtype);
-  const T delta = dot_rows<T>(a.dtype, out, at(a.dtype, a.dout, b, row.i, row.h), a.head_dim_v);
-  return a.dlse ? delta - static_cast<const T*>(a.dlse)[(b * a.heads + row.h) * a.seq_q + row.i] : delta;
+  const T delta = dot_rows<T>(a.dtype, out, query_row(a, a.dout, head, row), a.head_dim_v);
+  return a.dlse ? delta - static_cast<const T*>(a.dlse)[lse_number(a, head, row)] : delta;
 }
 
 // lse of one row; +inf where the row saw nothing, which makes every P 0.
 template <class T>
-T lse_of(const AttentionArgs& a, int64_t b, const Row& row) {
-  const T lse = static_cast<const T*>(a.lse)[(b * a.heads + row.h) * a.seq_q + row.i];
+T lse_of(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  const T lse = static_cast<const T*>(a.lse)[lse_number(a, head, row)];
   return lse == -std::numeric_limits<T>::infinity() ? -lse : lse;
 }
 
@@ -84,8 +84,8 @@ T lse_of(const AttentionArgs& a, int64_t b, const Row& row) {
 template <class M>
 void grad_rows(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t n) {
   for (int64_t r = 0; r < n; ++r) {
-    const void* q = at(a.dtype, a.q, head.b, rows[r].i, rows[r].h);
-    const void* dout = at(a.dtype, a.dout, head.b, rows[r].i, rows[r].h);
+    const void* q = query_row(a, a.q, head, rows[r]);
+    const void* dout = query_row(a, a.dout, head, rows[r]);
     pack_rows<M>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
     pack_rows<M>(a.dtype, &dout, 1, a.head_dim_v, w.dout + r * w.v_ld, w.v_ld);
   }
@@ -123,14 +123,14 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
   for (int64_t r = 0; r < n; ++r) {
     const Row& row = rows[r0 + r];
     T *s = s_rows + r * kBwdKeys, *dp = dp_rows + r * kBwdKeys;
-    finish_scores<T>(a, head.b, row, first_key, width, s, a.softcap > 0 ? w.capped : nullptr);
+    finish_scores<T>(a, head, row, first_key, width, s, a.softcap > 0 ? w.capped : nullptr);
     const V shift = V::set1(-lse[r0 + r]), d = V::set1(delta[r0 + r]);
     if (a.dropout_p > 0) {
       // dropout's factor is on P for dV and on dP for dS; P itself multiplies dP - delta
       for (int64_t c = 0; c < width; c += kLanes) M::exp(fma(V::load(s + c), factor, shift)).store(s + c);
       T p[kBwdKeys];
       memcpy(p, s, size_t(width) * sizeof(T));
-      apply_dropout<T>(a, head.b, row, first_key, width, s, dp);
+      apply_dropout<T>(a, head, row, first_key, width, s, dp);
       for (int64_t c = 0; c < width; c += kLanes) (V::load(p + c) * (V::load(dp + c) - d)).store(dp + c);
     } else {
       for (int64_t c = 0; c < width; c += kLanes) {
@@ -140,7 +140,7 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
       }
     }
     if (dslopes) {
-      const T start = T(row.i + a.offset - first_key);
+      const T start = T(row.i + head.offset - first_key);
       T weighted[kBwdKeys];
       for (int64_t c = 0; c < width; ++c) weighted[c] = dp[c] * std::fabs(start - T(c));
       dslopes[row.h - head.hk * head.group] -= sum_row(weighted, width);
@@ -159,7 +159,7 @@ struct BwdScratch : GradScratch<M> {
   E *p_depth, *ds_depth, *ds;  // P and dS as pairs of rows, dS as pairs of keys, where kPack is 2
   T *dk, *dv;                  // (kBwdKeys, wide)
   T *lse, *delta;              // (rows of the key head,)
-  T* dq;                       // (rows of the key head, q_wide), the caller's
+  T* dq;                       // (rows of the key head, q_wide); elsewhere where tasks share a key head
   int64_t bytes;
 
   static BwdScratch make(const AttentionArgs& a, void* base) {
@@ -182,9 +182,9 @@ struct BwdScratch : GradScratch<M> {
     }
     dk = arena.take<T>(kBwdKeys * this->q_wide);
     dv = arena.take<T>(kBwdKeys * this->v_wide);
-    const int64_t rows = a.heads / a.heads_kv * a.seq_q;
-    lse = arena.take<T>(rows);
-    delta = arena.take<T>(rows);
+    lse = arena.take<T>(a.most_rows);
+    delta = arena.take<T>(a.most_rows);
+    dq = arena.take<T>(a.most_rows * this->q_wide);
     bytes = arena.used();
   }
 };
@@ -238,9 +238,9 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
   }
   if constexpr (kPack == 2) {
     const void* sources[kBwdRows];
-    for (int64_t r = 0; r < n; ++r) sources[r] = at(a.dtype, a.q, head.b, rows[r].i, rows[r].h);
+    for (int64_t r = 0; r < n; ++r) sources[r] = query_row(a, a.q, head, rows[r]);
     pack_depth<M>(a.dtype, sources, n, a.head_dim, w.q_depth, w.q_wide);
-    for (int64_t r = 0; r < n; ++r) sources[r] = at(a.dtype, a.dout, head.b, rows[r].i, rows[r].h);
+    for (int64_t r = 0; r < n; ++r) sources[r] = query_row(a, a.dout, head, rows[r]);
     pack_depth<M>(a.dtype, sources, n, a.head_dim_v, w.dout_depth, w.v_wide);
   }
   const int64_t depth = (n + kPack - 1) / kPack, keys = all.end - all.begin;
@@ -259,42 +259,58 @@ void store_keys(const AttentionArgs& a, const KeyHead& head, int64_t j0, int64_t
   const int64_t bytes = element_size(a.dtype);
   T scaled[256];
   for (int64_t j = 0; j < n; ++j) {
-    const int64_t at_key = (head.b * a.seq_k + j0 + j) * a.heads_kv + head.hk;
+    const int64_t at_key = key_number(a, head, j0 + j);
     for (int64_t c = 0; c < a.head_dim; ++c) scaled[c] = dk[j * dk_ld + c] * T(a.scale);
     store_row(a.dtype, scaled, a.head_dim, static_cast<char*>(a.dk) + at_key * a.head_dim * bytes);
     store_row(a.dtype, dv + j * dv_ld, a.head_dim_v, static_cast<char*>(a.dv) + at_key * a.head_dim_v * bytes);
   }
 }
 
-// Task: every chunks-th block of keys of one (batch, key head) against all its rows.
+// The part of dq_partial that a task of the key head owns.
+template <class T>
+T* dq_part(const AttentionArgs& a, const KeyHead& head, int64_t part, int64_t wide) {
+  return static_cast<T*>(a.dq_partial) + (head.rows_before + (head.hk * head.parts + part) * head.rows) * wide;
+}
+
+// dq of row r of a key head from its sum, which is scaled.
+template <class T>
+void store_query(const AttentionArgs& a, const KeyHead& head, int64_t r, T* sum) {
+  Row row;
+  rows_of(a, head, r, 1, &row);
+  for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
+  const int64_t at_q = query_number(a, head, row) * a.head_dim;
+  store_row(a.dtype, sum, a.head_dim, static_cast<char*>(a.dq) + at_q * element_size(a.dtype));
+}
+
 template <class M>
-void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
+void bwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
   using T = typename M::Acc;
-  const KeyHead head = key_head(a, task / a.chunks);
-  const int64_t chunk = task % a.chunks;
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
   BwdScratch<M> w = BwdScratch<M>::make(a, scratch);
 
-  w.dq = static_cast<T*>(a.dq_partial) + task * head.rows * w.q_wide;
+  if (head.parts > 1) w.dq = dq_part<T>(a, head, task.part, w.q_wide);
   memset(w.dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
-  double* dslopes = a.dslopes_partial ? a.dslopes_partial + task * head.group : nullptr;
+  const int64_t number = head.parts_before + head.hk * head.parts + task.part;
+  double* dslopes = a.dslopes_partial ? a.dslopes_partial + number * head.group : nullptr;
   for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
-  double* dsink = a.dsink_partial && chunk == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
+  double* dsink =
+      a.dsink_partial && task.part == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
   Row row;
   for (int64_t r = 0; r < head.rows; ++r) {
     rows_of(a, head, r, 1, &row);
-    w.lse[r] = lse_of<T>(a, head.b, row);
-    w.delta[r] = delta_of<T>(a, head.b, row);
+    w.lse[r] = lse_of<T>(a, head, row);
+    w.delta[r] = delta_of<T>(a, head, row);
     if (dsink) {
       const T sink = reinterpret_cast<const T*>(a.sink)[row.h];
-      dsink[r / a.seq_q] -= exp_one(sink - w.lse[r]) * w.delta[r];
+      dsink[r / head.seq_q] -= exp_one(sink - w.lse[r]) * w.delta[r];
     }
   }
 
   const void* sources[kBwdKeys];
-  for (int64_t j0 = chunk * kBwdKeys; j0 < a.seq_k; j0 += a.chunks * kBwdKeys) {
-    const int64_t stored = a.seq_k - j0 < kBwdKeys ? a.seq_k - j0 : kBwdKeys;
-    const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;  // the rest is hidden by kv_lengths
+  for (int64_t j0 = task.part * kBwdKeys; j0 < head.seq_k; j0 += head.parts * kBwdKeys) {
+    const int64_t stored = head.seq_k - j0 < kBwdKeys ? head.seq_k - j0 : kBwdKeys;
+    const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;
     memset(w.dk, 0, size_t(round_up(stored, M::V::kLanes) * w.q_wide) * sizeof(T));
     memset(w.dv, 0, size_t(round_up(stored, M::V::kLanes) * w.v_wide) * sizeof(T));
     if (block > 0) {
@@ -307,26 +323,21 @@ void bwd(const AttentionArgs& a, int64_t task, void* scratch) {
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }
+  for (int64_t r = 0; head.parts == 1 && r < head.rows; ++r) store_query(a, head, r, w.dq + r * w.q_wide);
 }
 
-// Task: dq of one (batch, key head), the sum over the chunks in their order.
+// dq of one key head, the sum over the parts in their order.
 template <class M>
-void bwd_finish(const AttentionArgs& a, int64_t task) {
+void bwd_finish(const AttentionArgs& a, const AttentionTask& task) {
   using T = typename M::Acc;
-  const KeyHead head = key_head(a, task);
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t wide = round_up(a.head_dim, M::V::kLanes), step = head.rows * wide;
-  const T* partial = static_cast<const T*>(a.dq_partial) + task * a.chunks * step;
-  T sum[256];
-  Row row;
+  T* partial = dq_part<T>(a, head, 0, wide);
   for (int64_t r = 0; r < head.rows; ++r) {
-    const T* x = partial + r * wide;
-    for (int64_t c = 0; c < a.head_dim; ++c) sum[c] = x[c];
-    for (int64_t chunk = 1; chunk < a.chunks; ++chunk)
-      for (int64_t c = 0; c < a.head_dim; ++c) sum[c] += x[chunk * step + c];
-    for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
-    rows_of(a, head, r, 1, &row);
-    const int64_t at_q = ((head.b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim;
-    store_row(a.dtype, sum, a.head_dim, static_cast<char*>(a.dq) + at_q * element_size(a.dtype));
+    T* sum = partial + r * wide;
+    for (int64_t part = 1; part < head.parts; ++part)
+      for (int64_t c = 0; c < a.head_dim; ++c) sum[c] += sum[part * step + c];
+    store_query(a, head, r, sum);
   }
 }
 
@@ -361,29 +372,30 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
   const int64_t bias_batch = task / (key_tasks * row_tasks * a.dbias_heads);
   const bool all_rows = a.dbias_q == 1, all_keys = a.dbias_k == 1;
   const int64_t i_begin = all_rows ? 0 : row_task * kBwdRows, j_begin = all_keys ? 0 : key_task * kBwdKeys;
-  const int64_t i_end = all_rows || i_begin + kBwdRows > a.seq_q ? a.seq_q : i_begin + kBwdRows;
-  const int64_t j_end = all_keys || j_begin + kBwdKeys > a.seq_k ? a.seq_k : j_begin + kBwdKeys;
   memset(w.sum, 0, size_t(kBwdRows * kBwdKeys) * sizeof(double));
 
   const void* sources[kBwdKeys];
   Row rows[kBwdRows];
-  for (int64_t b = 0; b < a.batch; ++b) {
+  for (int64_t b = 0; b < a.sequences; ++b) {
     if (a.dbias_batch > 1 && b != bias_batch) continue;
+    const Sequence& sequence = a.sequence[b];
+    const int64_t i_end = all_rows || i_begin + kBwdRows > sequence.seq_q ? sequence.seq_q : i_begin + kBwdRows;
+    const int64_t j_end = all_keys || j_begin + kBwdKeys > sequence.keys ? sequence.keys : j_begin + kBwdKeys;
+    if (i_begin >= i_end) continue;
     for (int64_t h = 0; h < a.heads; ++h) {
       if (a.dbias_heads > 1 && h != bias_head) continue;
-      const KeyHead head = key_head(a, b * a.heads_kv + h / (a.heads / a.heads_kv));
-      const int64_t head_row = (h - head.hk * head.group) * a.seq_q;
-      for (int64_t j0 = j_begin; j0 < j_end && j0 < head.keys; j0 += kBwdKeys) {
-        const int64_t limit = head.keys < j_end ? head.keys : j_end;
-        const int64_t block = limit - j0 < kBwdKeys ? limit - j0 : kBwdKeys;
+      const KeyHead head = key_head(a, b, h / (a.heads / a.heads_kv));
+      const int64_t head_row = (h - head.hk * head.group) * head.seq_q;
+      for (int64_t j0 = j_begin; j0 < j_end; j0 += kBwdKeys) {
+        const int64_t block = j_end - j0 < kBwdKeys ? j_end - j0 : kBwdKeys;
         grad_keys<M>(a, head, w, j0, block, sources);
         for (int64_t i0 = i_begin; i0 < i_end; i0 += kBwdRows) {
           const int64_t n = i_end - i0 < kBwdRows ? i_end - i0 : kBwdRows;
           T lse[kBwdRows], delta[kBwdRows];
           rows_of(a, head, head_row + i0, n, rows);
           for (int64_t r = 0; r < n; ++r) {
-            lse[r] = lse_of<T>(a, head.b, rows[r]);
-            delta[r] = delta_of<T>(a, head.b, rows[r]);
+            lse[r] = lse_of<T>(a, head, rows[r]);
+            delta[r] = delta_of<T>(a, head, rows[r]);
           }
           const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
           if (span.empty()) continue;
@@ -403,7 +415,9 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
     }
   }
 
-  const int64_t n_rows = all_rows ? 1 : i_end - i_begin, n_keys = all_keys ? 1 : j_end - j_begin;
+  const int64_t rows_left = a.dbias_q - row_task * kBwdRows, keys_left = a.dbias_k - key_task * kBwdKeys;
+  const int64_t n_rows = rows_left < kBwdRows ? rows_left : kBwdRows;
+  const int64_t n_keys = keys_left < kBwdKeys ? keys_left : kBwdKeys;
   for (int64_t r = 0; r < n_rows; ++r) {
     const int64_t at_bias =
         ((bias_batch * a.dbias_heads + bias_head) * a.dbias_q + row_task * kBwdRows + r) * a.dbias_k +

@@ -22,14 +22,14 @@ struct FwdScratch {
     Arena arena(base);
     q_ld = (a.head_dim + M::kPack - 1) / M::kPack;
     o_ld = round_up(a.head_dim_v, M::V::kLanes);
-    q = arena.take<E>(a.rows_per_task * q_ld);
+    q = arena.take<E>(a.most_rows * q_ld);
     k = arena.take<E>(kFwdKeys * q_ld);
     v = arena.take<E>(kFwdKeys / M::kPack * o_ld);
     p = M::kPack == 1 ? nullptr : arena.take<E>(kFwdRows * kFwdKeys / M::kPack);
     buffer = arena.take<E>(M::V::kLanes * round_up(q_ld, 16));
-    o = arena.take<T>(a.rows_per_task * o_ld);
-    m = arena.take<T>(a.rows_per_task);
-    l = arena.take<T>(a.rows_per_task);
+    o = arena.take<T>(a.most_rows * o_ld);
+    m = arena.take<T>(a.most_rows);
+    l = arena.take<T>(a.most_rows);
     s = arena.take<T>(kFwdRows * kFwdKeys);
     bytes = arena.used();
   }
@@ -104,7 +104,8 @@ T exp_one(T x) {
 // Closes the softmax of n rows from their running maxima m and sums l: writes the log-sum-exp with
 // the sink in it, and to inverse what the rows' accumulators are multiplied by. A row that saw nothing gets -inf and 0.
 template <class T>
-void finish_rows(const AttentionArgs& a, int64_t b, const Row* rows, int64_t n, const T* m, const T* l, T* inverse) {
+void finish_rows(const AttentionArgs& a, const KeyHead& head, const Row* rows, int64_t n, const T* m, const T* l,
+                 T* inverse) {
   const T inf = std::numeric_limits<T>::infinity();
   T top[kRowVecs], sum[kRowVecs];
   double log[kRowVecs];
@@ -122,21 +123,20 @@ void finish_rows(const AttentionArgs& a, int64_t b, const Row* rows, int64_t n, 
     inverse[r] = scale / sum[r];
   }
   log_row(sum, n, log);
-  for (int64_t r = 0; r < n; ++r)
-    static_cast<T*>(a.lse)[(b * a.heads + rows[r].h) * a.seq_q + rows[r].i] = T(top[r] + log[r]);
+  for (int64_t r = 0; r < n; ++r) static_cast<T*>(a.lse)[lse_number(a, head, rows[r])] = T(top[r] + log[r]);
 }
 
 template <class T>
-void store_out(const AttentionArgs& a, int64_t b, const Row& row, T* o, int64_t ld, T inverse) {
+void store_out(const AttentionArgs& a, const KeyHead& head, const Row& row, T* o, int64_t ld, T inverse) {
   for (int64_t c = 0; c < ld; ++c) o[c] *= inverse;
-  const int64_t at = ((b * a.seq_q + row.i) * a.heads + row.h) * a.head_dim_v;
-  store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
+  const int64_t at_out = query_number(a, head, row) * a.head_dim_v;
+  store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at_out * element_size(a.dtype));
 }
 
 // The rows of x at positions of one key head: pointers for the pack functions.
 inline void key_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head, int64_t j0, int64_t n,
                      const void** rows) {
-  for (int64_t j = 0; j < n; ++j) rows[j] = at(a.dtype, x, head.b, j0 + j, head.hk);
+  for (int64_t j = 0; j < n; ++j) rows[j] = key_row(a, x, head, j0 + j);
 }
 
 inline void prefetch_row(const void* row, int64_t bytes) {
@@ -166,7 +166,7 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   const int64_t first_key = j0 + span.begin;
   T top[kRowVecs] = {}, m[kRowVecs] = {}, correction[kRowVecs], shift[kRowVecs];
   for (int64_t r = 0; r < n; ++r) {
-    finish_scores<T>(a, head.b, rows[r], first_key, width, w.s + r * kFwdKeys, nullptr);
+    finish_scores<T>(a, head, rows[r], first_key, width, w.s + r * kFwdKeys, nullptr);
     top[r] = row_max(w.s + r * kFwdKeys, width);
     m[r] = w.m[r0 + r];
   }
@@ -179,14 +179,14 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
       typename M::Elem* p = w.p + r * kFwdKeys / 2;
       if (a.dropout_p > 0) {
         sum = weights_row<M>(s, width, factor, shift[r]);
-        apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+        apply_dropout<T>(a, head, rows[r], first_key, width, s, nullptr);
         M::pack_row(s, width, p);
       } else {
         sum = weight_pairs_row(s, width, factor, shift[r], p);
       }
     } else {
       sum = weights_row<M>(s, width, factor, shift[r]);
-      if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], first_key, width, s, nullptr);
+      if (a.dropout_p > 0) apply_dropout<T>(a, head, rows[r], first_key, width, s, nullptr);
     }
     w.l[r0 + r] = w.l[r0 + r] * correction[r] + sum;
   }
@@ -200,14 +200,12 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
                                 n, w.o_ld / M::V::kLanes);
 }
 
-// Task: rows_per_task rows of one (batch, key head).
 template <class M>
-void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
+void fwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
   using T = typename M::Acc;
-  const int64_t tasks = (a.heads / a.heads_kv * a.seq_q + a.rows_per_task - 1) / a.rows_per_task;
-  const KeyHead head = key_head(a, task / tasks);
-  const int64_t first_row = task % tasks * a.rows_per_task;
-  const int64_t n = head.rows - first_row < a.rows_per_task ? head.rows - first_row : a.rows_per_task;
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
+  const int64_t first_row = task.part * head.share;
+  const int64_t n = head.rows - first_row < head.share ? head.rows - first_row : head.share;
   const FwdScratch<M> w(a, scratch);
 
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
@@ -217,7 +215,7 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
     const void* queries[kFwdRows];
     rows_of(a, head, first_row + r0, count, group);
     for (int64_t r = 0; r < count; ++r) {
-      queries[r] = at(a.dtype, a.q, head.b, group[r].i, group[r].h);
+      queries[r] = query_row(a, a.q, head, group[r]);
       w.m[r0 + r] = -std::numeric_limits<T>::infinity();
       w.l[r0 + r] = 0;
       if (group[r].lo >= group[r].hi) continue;
@@ -244,8 +242,8 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
     int64_t fetched = next;
     for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
       for (int64_t j = 0; j < per_group && fetched < next_end; ++j, ++fetched) {
-        prefetch_row(at(a.dtype, a.k, head.b, fetched, head.hk), a.head_dim * element_size(a.dtype));
-        prefetch_row(at(a.dtype, a.v, head.b, fetched, head.hk), a.head_dim_v * element_size(a.dtype));
+        prefetch_row(key_row(a, a.k, head, fetched), a.head_dim * element_size(a.dtype));
+        prefetch_row(key_row(a, a.v, head, fetched), a.head_dim_v * element_size(a.dtype));
       }
       fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows ? n - r0 : kFwdRows, j0, block);
     }
@@ -256,8 +254,8 @@ void fwd(const AttentionArgs& a, int64_t task, void* scratch) {
     Row group[kFwdRows];
     T inverse[kFwdRows];
     rows_of(a, head, first_row + r0, count, group);
-    finish_rows(a, head.b, group, count, w.m + r0, w.l + r0, inverse);
-    for (int64_t r = 0; r < count; ++r) store_out(a, head.b, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
+    finish_rows(a, head, group, count, w.m + r0, w.l + r0, inverse);
+    for (int64_t r = 0; r < count; ++r) store_out(a, head, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
   }
 }
 

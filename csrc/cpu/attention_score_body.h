@@ -11,43 +11,52 @@ struct Row {
   int64_t lo, hi;  // it sees keys lo <= j < hi, where mask and bias let it
 };
 
-struct KeyHead {
-  int64_t b, hk, group, rows;  // group: query heads that read this key head; rows: group * seq_q
-  int64_t keys;                // min(seq_k, kv_lengths[b])
+struct KeyHead : Sequence {
+  int64_t b, hk, group, rows;  // sequence; key head; query heads that read it; group * seq_q
 };
 
-inline KeyHead key_head(const AttentionArgs& a, int64_t index) {
-  KeyHead h;
-  h.b = index / a.heads_kv;
-  h.hk = index % a.heads_kv;
-  h.group = a.heads / a.heads_kv;
-  h.rows = h.group * a.seq_q;
-  h.keys = a.seq_k;
-  if (a.kv_lengths) {
-    const int64_t n = a.kv_lengths[h.b];
-    h.keys = n < 0 ? 0 : n < h.keys ? n : h.keys;
-  }
-  return h;
+inline KeyHead key_head(const AttentionArgs& a, int64_t b, int64_t hk) {
+  const int64_t group = a.heads / a.heads_kv;
+  return {a.sequence[b], b, hk, group, group * a.sequence[b].seq_q};
 }
 
 // Rows first .. first + n of a key head.
 inline void rows_of(const AttentionArgs& a, const KeyHead& head, int64_t first, int64_t n, Row* rows) {
-  int64_t h = head.hk * head.group + first / a.seq_q, i = first % a.seq_q;
+  int64_t h = head.hk * head.group + first / head.seq_q, i = first % head.seq_q;
   for (int64_t r = 0; r < n; ++r, ++i) {
-    if (i == a.seq_q) i = 0, ++h;
+    if (i == head.seq_q) i = 0, ++h;
     Row& row = rows[r];
     row.h = h;
     row.i = i;
     row.lo = 0;
     row.hi = head.keys;
-    const int64_t diagonal = i + a.offset;
+    const int64_t diagonal = i + head.offset;
     if (a.left >= 0 && diagonal - a.left > 0) row.lo = diagonal - a.left;
     if (a.right >= 0 && diagonal + a.right + 1 < row.hi) row.hi = diagonal + a.right + 1;
   }
 }
 
-inline const void* at(DType dtype, const Heads& x, int64_t b, int64_t s, int64_t h) {
-  return static_cast<const char*>(x.data) + (b * x.batch + s * x.seq + h * x.head) * element_size(dtype);
+inline const void* at(const AttentionArgs& a, const Heads& x, int64_t entry, int64_t s, int64_t h) {
+  return static_cast<const char*>(x.data) + (entry * x.batch + s * x.seq + h * x.head) * element_size(a.dtype);
+}
+
+// The row of a query, in q or dout, and of a key, in k or v.
+inline const void* query_row(const AttentionArgs& a, const Heads& x, const KeyHead& head, const Row& row) {
+  return at(a, x, head.entry, head.first_q + row.i, row.h);
+}
+inline const void* key_row(const AttentionArgs& a, const Heads& x, const KeyHead& head, int64_t j) {
+  return at(a, x, head.entry, head.first_k + j, head.hk);
+}
+
+// The same as row numbers of contiguous tensors (batch, seq, heads, :); and the element of lse (batch, heads, seq_q).
+inline int64_t query_number(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  return (head.entry * a.seq_q + head.first_q + row.i) * a.heads + row.h;
+}
+inline int64_t key_number(const AttentionArgs& a, const KeyHead& head, int64_t j) {
+  return (head.entry * a.seq_k + head.first_k + j) * a.heads_kv + head.hk;
+}
+inline int64_t lse_number(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  return (head.entry * a.heads + row.h) * a.seq_q + head.first_q + row.i;
 }
 
 // Features that change a score beyond scaling by a positive number; without them the scale goes into the exponent,
@@ -60,14 +69,14 @@ inline bool has_features(const AttentionArgs& a) {
 inline double exponent_factor(const AttentionArgs& a) { return has_features(a) ? 1.0 : a.scale; }
 
 template <class T>
-T slope_of(const AttentionArgs& a, int64_t b, int64_t h) {
-  return reinterpret_cast<const T*>(a.slopes)[b * a.slopes_batch + h];
+T slope_of(const AttentionArgs& a, const KeyHead& head, int64_t h) {
+  return reinterpret_cast<const T*>(a.slopes)[head.b * a.slopes_batch + h];
 }
 
 template <class T>
-void add_bias(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s) {
+void add_bias(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* s) {
   const ScoreMap& m = a.bias;
-  const int64_t first = b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  const int64_t first = head.b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
   if (m.k == 0) {
     const T x = load_one<T>(m.dtype, m.data, first);
     for (int64_t j = 0; j < n; ++j) s[j] += x;
@@ -85,9 +94,9 @@ void add_bias(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int
 }
 
 template <class T>
-void apply_mask(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s) {
+void apply_mask(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* s) {
   const ScoreMap& m = a.mask;
-  const uint8_t* see = static_cast<const uint8_t*>(m.data) + b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  const uint8_t* see = static_cast<const uint8_t*>(m.data) + head.b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
   const T hidden = -std::numeric_limits<T>::infinity();
   if (m.k == 1) {
     for (int64_t j = 0; j < n; ++j) s[j] = see[j] ? s[j] : hidden;
@@ -99,10 +108,11 @@ void apply_mask(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, i
 // s (n,): q . k of keys j0 .. j0 + n of one row, replaced by what the softmax sees, up to exponent_factor.
 // capped (n,) or null: receives the derivative of the soft cap.
 template <class T>
-void finish_scores(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* s, T* capped) {
+void finish_scores(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* s,
+                   T* capped) {
   using V = Vec<T>;
   if (has_features(a)) {
-    const int64_t valid = a.seq_k - j0 < n ? a.seq_k - j0 : n;
+    const int64_t valid = head.seq_k - j0 < n ? head.seq_k - j0 : n;
     if (a.softcap > 0) {
       const V factor = V::set1(T(a.scale / a.softcap)), cap = V::set1(T(a.softcap));
       for (int64_t j = 0; j < n; j += V::kLanes) {
@@ -115,12 +125,12 @@ void finish_scores(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0
       for (int64_t j = 0; j < n; ++j) s[j] *= scale;
     }
     if (a.slopes) {
-      const T slope = slope_of<T>(a, b, row.h);
-      const T start = T(row.i + a.offset - j0);
+      const T slope = slope_of<T>(a, head, row.h);
+      const T start = T(row.i + head.offset - j0);
       for (int64_t j = 0; j < n; ++j) s[j] -= slope * std::fabs(start - T(j));
     }
-    if (a.bias.data) add_bias(a, b, row, j0, valid, s);
-    if (a.mask.data) apply_mask(a, b, row, j0, valid, s);
+    if (a.bias.data) add_bias(a, head, row, j0, valid, s);
+    if (a.mask.data) apply_mask(a, head, row, j0, valid, s);
   }
   const T hidden = -std::numeric_limits<T>::infinity();
   const int64_t lo = row.lo - j0 < n ? row.lo - j0 : n, hi = row.hi - j0 > 0 ? row.hi - j0 : 0;
@@ -130,14 +140,14 @@ void finish_scores(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0
 
 // Multiplies x (n,) by 1 / (1 - dropout_p) where dropout keeps the weight of key j0 + c, and by 0 elsewhere.
 template <class T>
-void apply_dropout(const AttentionArgs& a, int64_t b, const Row& row, int64_t j0, int64_t n, T* x, T* y) {
+void apply_dropout(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* x, T* y) {
   constexpr int kCounters = 16;
   const uint64_t dropped = uint64_t(a.dropout_p * 4294967296.0);
   const uint32_t threshold = dropped > 0xffffffffu ? 0xffffffffu : uint32_t(dropped);
   const T factor = a.dropout_p < 1 ? T(1 / (1 - a.dropout_p)) : T(0);
   uint32_t words[4 * kCounters];
   for (int64_t j = 0; j < n; j += 4 * kCounters) {
-    philox<kCounters>(a.seed, uint32_t((j0 + j) / 4), uint32_t(row.i), uint32_t(row.h), uint32_t(b), words);
+    philox<kCounters>(a.seed, uint32_t((j0 + j) / 4), uint32_t(row.i), uint32_t(row.h), uint32_t(head.b), words);
     const int64_t count = n - j < 4 * kCounters ? n - j : 4 * kCounters;
     for (int64_t c = 0; c < count; ++c) x[j + c] = words[c] >= threshold ? x[j + c] * factor : T(0);
     if (y)

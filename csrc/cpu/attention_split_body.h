@@ -11,9 +11,9 @@ template <class T>
 struct SplitState {
   int64_t o_ld;
   T *m, *l, *o;
-  SplitState(const AttentionArgs& a, const KeyHead& head, int64_t task) {
+  SplitState(const AttentionArgs& a, const KeyHead& head, int64_t part) {
     o_ld = round_up(a.head_dim_v, Vec<T>::kLanes);
-    m = static_cast<T*>(a.partial) + task * head.rows * (o_ld + 2);
+    m = static_cast<T*>(a.partial) + (head.rows_before + (head.hk * head.parts + part) * head.rows) * (o_ld + 2);
     l = m + head.rows;
     o = l + head.rows;
   }
@@ -26,11 +26,10 @@ struct SplitScratch {
   int64_t bytes;
   SplitScratch(const AttentionArgs& a, void* base) {
     Arena arena(base);
-    const int64_t rows = a.heads / a.heads_kv * a.seq_q;
     q_ld = round_up(a.head_dim, Vec<T>::kLanes);
     ld = round_up(a.head_dim > a.head_dim_v ? a.head_dim : a.head_dim_v, Vec<T>::kLanes);
-    q = arena.take<T>(rows * q_ld);
-    s = arena.take<T>(rows * kSplitKeys);
+    q = arena.take<T>(a.most_rows * q_ld);
+    s = arena.take<T>(a.most_rows * kSplitKeys);
     block = arena.take<T>(kSplitKeys * ld);
     bytes = arena.used();
   }
@@ -67,17 +66,16 @@ int64_t split_scratch(const AttentionArgs& a) {
 }
 
 template <class T>
-void split(const AttentionArgs& a, int64_t task, void* scratch) {
+void split(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
-  const int64_t splits = (a.seq_k + a.keys_per_split - 1) / a.keys_per_split;
-  const KeyHead head = key_head(a, task / splits);
-  const SplitState<T> state(a, head, task);
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
+  const SplitState<T> state(a, head, task.part);
   const SplitScratch<T> w(a, scratch);
   Row rows[kFewRows];
   rows_of(a, head, 0, head.rows, rows);
   for (int64_t r = 0; r < head.rows; ++r) {
-    const void* q = at(a.dtype, a.q, head.b, rows[r].i, rows[r].h);
+    const void* q = query_row(a, a.q, head, rows[r]);
     pack_rows<MathFma<T>>(a.dtype, &q, 1, a.head_dim, w.q + r * w.q_ld, w.q_ld);
     state.m[r] = -std::numeric_limits<T>::infinity();
     state.l[r] = 0;
@@ -85,8 +83,8 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
   for (int64_t i = 0; i < head.rows * state.o_ld; ++i) state.o[i] = 0;
 
   const T factor = T(exponent_factor(a));
-  const int64_t begin = task % splits * a.keys_per_split;
-  const int64_t end = begin + a.keys_per_split < head.keys ? begin + a.keys_per_split : head.keys;
+  const int64_t begin = task.part * head.share;
+  const int64_t end = begin + head.share < head.keys ? begin + head.share : head.keys;
   for (int64_t j0 = begin; j0 < end; j0 += kSplitKeys) {
     const int64_t n = end - j0 < kSplitKeys ? end - j0 : kSplitKeys, padded = round_up(n, kLanes);
     if (visible_span<MathFma<T>>(rows, head.rows, j0, padded).empty()) continue;
@@ -110,13 +108,13 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
         s[j] = reduce_add(sum);
       }
       for (int64_t j = n; j < padded; ++j) s[j] = 0;
-      finish_scores<T>(a, head.b, rows[r], j0, padded, s, nullptr);
+      finish_scores<T>(a, head, rows[r], j0, padded, s, nullptr);
       T top[kRowVecs] = {row_max(s, padded)}, m[kRowVecs] = {state.m[r]}, correction[kRowVecs], shift[kRowVecs];
       update_maxima(top, factor, 1, m, correction, shift);
       state.m[r] = m[0];
       state.l[r] = state.l[r] * correction[0] + weights_row<MathFma<T>>(s, padded, factor, shift[0]);
       for (int64_t c = 0; c < state.o_ld; ++c) state.o[r * state.o_ld + c] *= correction[0];
-      if (a.dropout_p > 0) apply_dropout<T>(a, head.b, rows[r], j0, padded, s, nullptr);
+      if (a.dropout_p > 0) apply_dropout<T>(a, head, rows[r], j0, padded, s, nullptr);
     }
     readable_rows(a, values, n, a.head_dim_v, w, block);
     for (int64_t j = 0; j < next; ++j) prefetch_row(next_keys[j], k_bytes);
@@ -131,18 +129,17 @@ void split(const AttentionArgs& a, int64_t task, void* scratch) {
 }
 
 template <class T>
-void split_finish(const AttentionArgs& a, int64_t task) {
+void split_finish(const AttentionArgs& a, const AttentionTask& task) {
   const T inf = std::numeric_limits<T>::infinity();
-  const int64_t splits = (a.seq_k + a.keys_per_split - 1) / a.keys_per_split;
-  const KeyHead head = key_head(a, task);
-  const SplitState<T> first(a, head, task * splits);
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
+  const SplitState<T> first(a, head, 0);
   Row rows[kFewRows];
   rows_of(a, head, 0, head.rows, rows);
   for (int64_t r = 0; r < head.rows; ++r) {
     T m = first.m[r], l = first.l[r];
     T* o = first.o + r * first.o_ld;
-    for (int64_t s = 1; s < splits; ++s) {
-      const SplitState<T> next(a, head, task * splits + s);
+    for (int64_t part = 1; part < head.parts; ++part) {
+      const SplitState<T> next(a, head, part);
       if (next.m[r] == -inf) continue;
       const T top = m > next.m[r] ? m : next.m[r];
       const T old_scale = exp_one(m - top), new_scale = exp_one(next.m[r] - top);
@@ -151,8 +148,8 @@ void split_finish(const AttentionArgs& a, int64_t task) {
       m = top;
     }
     T inverse;
-    finish_rows(a, head.b, rows + r, 1, &m, &l, &inverse);
-    store_out(a, head.b, rows[r], o, first.o_ld, inverse);
+    finish_rows(a, head, rows + r, 1, &m, &l, &inverse);
+    store_out(a, head, rows[r], o, first.o_ld, inverse);
   }
 }
 
