@@ -22,12 +22,6 @@ constexpr AttentionKernels kernels_of() {
           bwd_scratch<M>, bwd<M>,    bwd_finish<M>,    dbias_scratch<M>, dbias<M>};
 }
 
-#if LMK_BF16_DOT
-using MathForBf16 = MathBf16;
-#else
-using MathForBf16 = MathFma<float>;
-#endif
-
 // One row per DType, in its order.
 constexpr AttentionKernels kAttention[] = {kernels_of<MathFma<float>>(), kernels_of<MathForBf16>(),
                                            kernels_of<MathFma<float>>(), kernels_of<MathFma<double>>()};

@@ -87,3 +87,6 @@ ScalarType accumulator(const Tensor& q) {
 STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 #include "attention_binding.h"
+#include "linear_binding.h"
+// after linear_binding.h, whose functions it uses
+#include "qkv_projection_binding.h"

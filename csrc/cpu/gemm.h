@@ -61,6 +61,12 @@ struct MathBf16 {
 };
 #endif
 
+#if LMK_BF16_DOT
+using MathForBf16 = MathBf16;
+#else
+using MathForBf16 = MathFma<float>;
+#endif
+
 // A register tile of kRows x kTileVecs vectors: 24 accumulators of 32 registers with AVX-512, 12 of 16 without.
 constexpr int kTileRows = 6;
 #if LMK_LANES == 16

@@ -136,11 +136,41 @@ class Arena {
 };
 
 #if LMK_BF16_DOT
+inline __mmask16 lanes_below(int64_t n) { return n < 16 ? __mmask16((1 << n) - 1) : __mmask16(0xffff); }
+
 inline void copy_pairs(const void* src, int64_t n, uint32_t* dst) {
   const uint32_t* p = static_cast<const uint32_t*>(src);
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = n - i < 16 ? __mmask16((1 << (n - i)) - 1) : __mmask16(0xffff);
+    const __mmask16 lanes = lanes_below(n - i);
     _mm512_mask_storeu_epi32(dst + i, lanes, _mm512_maskz_loadu_epi32(lanes, p + i));
+  }
+}
+
+// dst (ceil(n / 2),): neighbours in x (n,), rounded, as pairs; 0 beyond n
+inline void round_pairs(const float* x, int64_t n, uint32_t* dst) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512 wide = _mm512_maskz_loadu_ps(lanes_below(n - i), x + i);
+    const __m512i pairs = _mm512_castsi256_si512(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(wide)));
+    _mm512_mask_storeu_epi32(dst + i / 2, lanes_below((n - i + 1) / 2) & 0xff, pairs);
+  }
+}
+
+// 16 elements, or as many as lanes says, in the low halves of 32 bits
+inline __m512i load_low(DType dtype, const void* src, int64_t i, __mmask16 lanes) {
+  if (dtype == DType::f32) {
+    const __m512 wide = _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(src) + i);
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(wide)));
+  }
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(src) + i));
+}
+
+// dst (n,): element c of two rows as a pair; odd may be null for a row of zeros
+inline void join_pairs(DType dtype, const void* even, const void* odd, int64_t n, uint32_t* dst) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 lanes = lanes_below(n - i);
+    __m512i pair = load_low(dtype, even, i, lanes);
+    if (odd) pair = _mm512_or_si512(pair, _mm512_slli_epi32(load_low(dtype, odd, i, lanes), 16));
+    _mm512_mask_storeu_epi32(dst + i, lanes, pair);
   }
 }
 #endif
@@ -158,8 +188,12 @@ void pack_rows(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, 
       for (int64_t c = n_cols; c < ld; ++c) row[c] = 0;
     } else {
       const int64_t pairs = n_cols / 2;
-      copy_pairs(rows[r], pairs, row);
-      if (n_cols % 2) row[pairs] = static_cast<const uint16_t*>(rows[r])[n_cols - 1];
+      if (dtype == DType::f32) {
+        round_pairs(static_cast<const float*>(rows[r]), n_cols, row);
+      } else {
+        copy_pairs(rows[r], pairs, row);
+        if (n_cols % 2) row[pairs] = static_cast<const uint16_t*>(rows[r])[n_cols - 1];
+      }
       for (int64_t c = (n_cols + 1) / 2; c < ld; ++c) row[c] = 0;
     }
   }
@@ -172,11 +206,7 @@ void pack_depth(DType dtype, const void* const* rows, int64_t n, int64_t n_cols,
     pack_rows<M>(dtype, rows, n, n_cols, dst, ld);
   } else {
     for (int64_t r = 0; r < n; r += 2, dst += ld) {
-      const uint16_t* even = static_cast<const uint16_t*>(rows[r]);
-      const uint16_t* odd = r + 1 < n ? static_cast<const uint16_t*>(rows[r + 1]) : nullptr;
-      for (int64_t c = 0; c < n_cols; ++c) dst[c] = even[c];
-      if (odd)
-        for (int64_t c = 0; c < n_cols; ++c) dst[c] |= uint32_t(odd[c]) << 16;
+      join_pairs(dtype, rows[r], r + 1 < n ? rows[r + 1] : nullptr, n_cols, dst);
       for (int64_t c = n_cols; c < ld; ++c) dst[c] = 0;
     }
   }

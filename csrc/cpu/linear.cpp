@@ -1,0 +1,18 @@
+#include "linear.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#define LMK_BODY "linear_body.h"
+#include "foreach_isa.h"
+
+namespace lmk {
+
+const LinearKernels& linear_kernels(DType compute) {
+  static constexpr const LinearKernels* kTable[] = LMK_ISA_TABLE(kLinear);
+  return kTable[static_cast<int>(isa())][static_cast<int>(compute)];
+}
+
+}  // namespace lmk

@@ -1,0 +1,66 @@
+// Linear layers on the CPU, and the passes around their gradients: over ranges of tasks, free of torch.
+#pragma once
+
+#include <cstdint>
+
+#include "activation.h"
+#include "dtypes.h"
+#include "epilogue.h"
+#include "matrix.h"
+
+namespace lmk {
+
+// Heads of a projection to queries, keys and values, which get their own tensors and may be rotated on the way.
+struct HeadSplit {
+  int64_t head_dim, heads, heads_kv, seq;  // row r of the product is position r % seq of a sequence
+  void *q, *k, *v;                         // (rows, heads or heads_kv, head_dim), contiguous
+  const float *cos, *sin;                  // (positions, rotated / 2) or null; doubles for DType::f64
+  int64_t rotated;                         // leading elements of a head that are rotated
+  const int64_t* positions;                // (rows,), or null: r % seq
+  int64_t table;                           // positions of the tables; those beyond are taken for the last
+  bool interleaved;                        // pairs (2 i, 2 i + 1), else (i, i + rotated / 2)
+};
+
+struct LinearArgs {
+  int64_t rows, cols, depth;
+  Matrix a, b;  // (rows, depth) and (depth, cols)
+  DType compute;
+  Epilogue end;
+  HeadSplit split;  // in place of end.out where split.q is not null; then without activation and residual
+  int64_t rows_per_task, cols_per_task;
+};
+
+// Gradients through out = activation(pre), or out = activation(gate) * pre. All are (rows, cols).
+struct ActivationArgs {
+  DType dtype;  // of all but dout
+  int64_t rows, cols;
+  Activation activation;
+  const void* dout;
+  int64_t dout_row;
+  DType dout_dtype;
+  const void *pre, *gate;    // rows of cols; gate may be null, and pre where there is no activation
+  void *dpre, *dgate, *out;  // rows of cols; null where not wanted
+  void* dbias;               // (cols,) float or double: the sum of dpre over the rows, or null
+};
+
+// Gradients of HeadSplit's tensors, rotated back, as rows of the product.
+struct JoinArgs {
+  DType dtype;
+  int64_t rows;
+  HeadSplit split;  // of the gradients
+  void* out;        // (rows, (heads + 2 heads_kv) head_dim)
+};
+
+struct LinearKernels {
+  int64_t accumulator_size;
+  int64_t (*scratch)(const LinearArgs&);                           // bytes
+  void (*matmul)(const LinearArgs&, int64_t task, void* scratch);  // row blocks times column blocks, columns first
+  void (*activation)(const ActivationArgs&, int64_t task);         // ceil(cols / kActivationCols)
+  void (*join)(const JoinArgs&, int64_t task);                     // rows
+};
+
+constexpr int64_t kActivationCols = 128;
+
+const LinearKernels& linear_kernels(DType compute);
+
+}  // namespace lmk

@@ -1,0 +1,214 @@
+// torch's side of linear layers: checks, allocates, runs the kernels. Included by bindings.cpp.
+
+#include "linear.h"
+
+namespace {
+
+// A matrix with unit stride on one of its axes, as rows of A or as columns of B.
+lmk::Matrix lines_of(const Tensor& x, int64_t line_axis) {
+  return {x.const_data_ptr(), x.stride(line_axis), x.stride(1 - line_axis), dtype_of(x)};
+}
+
+// x itself where an axis has stride 1 and no rows overlap, else a copy.
+Tensor dense_matrix(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "expected a CPU tensor of 2 axes");
+  const bool rows = x.stride(1) == 1 && x.stride(0) >= x.size(1),
+             columns = x.stride(0) == 1 && x.stride(1) >= x.size(0);
+  return rows || columns ? x : torch::stable::contiguous(x);
+}
+
+Tensor dense_rows(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "expected a CPU tensor of 2 axes");
+  return x.stride(1) == 1 && x.stride(0) >= x.size(1) ? x : torch::stable::contiguous(x);
+}
+
+// Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
+void choose_blocks(lmk::LinearArgs& a, int64_t col_unit) {
+  constexpr int64_t kTasksPerThread = 8, kCols = 384, kLeastCols = 128, kRows = 1152, kLeastRows = 192;
+  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
+  const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
+  int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kRows)),
+          col_blocks = std::max<int64_t>(1, count(a.cols, kCols));
+  while (row_blocks * col_blocks < wanted) {
+    if (count(a.cols, col_blocks + 1) >= kLeastCols)
+      ++col_blocks;
+    else if (count(a.rows, row_blocks + 1) >= kLeastRows)
+      ++row_blocks;
+    else
+      break;
+  }
+  a.rows_per_task = count(count(a.rows, row_blocks), 6) * 6;
+  a.cols_per_task = count(count(a.cols, col_blocks), col_unit) * col_unit;
+}
+
+void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
+  if (a.rows == 0 || a.cols == 0) return;
+  choose_blocks(a, col_unit);
+  const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute);
+  const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
+  const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
+  run_tasks(row_blocks * col_blocks, kernels.scratch(a), 2.0 * a.rows * a.cols * a.depth,
+            [&](int64_t task, void* scratch) { kernels.matmul(a, task, scratch); });
+}
+
+// x has the dtype of other, or float32 where that has 16 bits.
+void check_wide(const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type() ||
+                      (x.scalar_type() == ScalarType::Float && other.scalar_type() != ScalarType::Double),
+                  "weight, residual and dout must have the dtype of x, or float32 for 16 bits");
+}
+
+void check_weight(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(1),
+                  "x must be (rows, in) and weight (out, in)");
+  check_wide(weight, x);
+  if (bias)
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous(),
+                    "bias must be (out,)");
+}
+
+lmk::LinearArgs product_args(const Tensor& x, const Tensor& weight) {
+  lmk::LinearArgs a{};
+  a.rows = x.size(0), a.cols = weight.size(0), a.depth = x.size(1);
+  a.a = lines_of(x, 0), a.b = lines_of(weight, 0);
+  a.compute = dtype_of(x);
+  return a;
+}
+
+// out = activation(x weight^T + bias) + residual and what the activation was applied to, where it is wanted. With a
+// gate, out = activation(gate) * (x weight^T + bias) + residual.
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias,
+                                      const OptionalTensor& residual_, const OptionalTensor& gate, int64_t activation,
+                                      bool need_pre) {
+  check_weight(x_, weight_, bias);
+  const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
+  lmk::LinearArgs a = product_args(x, weight);
+  const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
+  for (const OptionalTensor* y : {&residual, &gate})
+    if (*y)
+      STD_TORCH_CHECK((*y)->is_cpu() && (*y)->dim() == 2 && (*y)->size(0) == a.rows && (*y)->size(1) == a.cols,
+                      "residual and gate must be (rows, out)");
+  if (residual) check_wide(*residual, x);
+  if (gate)
+    STD_TORCH_CHECK(gate->is_contiguous() && gate->scalar_type() == x.scalar_type(),
+                    "gate must be contiguous, in the dtype of x");
+  Tensor out = torch::stable::new_empty(x, {a.rows, a.cols}, residual ? residual->scalar_type() : x.scalar_type());
+  Tensor pre = torch::stable::new_empty(x, {need_pre ? a.rows : 0, need_pre ? a.cols : 0});
+  a.end.dtype = dtype_of(out);
+  a.end.pre_dtype = a.compute;
+  a.end.out = out.mutable_data_ptr();
+  a.end.out_row = a.cols;
+  a.end.pre = need_pre ? pre.mutable_data_ptr() : nullptr;
+  a.end.activation = static_cast<lmk::Activation>(activation);
+  if (gate) a.end.gate = gate->const_data_ptr();
+  if (bias) a.end.bias = bias->const_data_ptr(), a.end.bias_dtype = dtype_of(*bias);
+  if (residual) a.end.residual = residual->const_data_ptr(), a.end.residual_row = residual->stride(0);
+  run_matmul(a);
+  return {out, pre};
+}
+
+Tensor bias_gradient(const Tensor& like, int64_t cols, bool needed) {
+  return torch::stable::new_empty(like, {needed ? cols : 0}, accumulator(like));
+}
+
+void run_activation(const lmk::ActivationArgs& a) {
+  const int64_t tasks = (a.cols + lmk::kActivationCols - 1) / lmk::kActivationCols;
+  run_tasks(tasks, 0, 20.0 * a.rows * a.cols,
+            [&](int64_t task, void*) { lmk::linear_kernels(a.dtype).activation(a, task); });
+}
+
+// The gradients of x and weight for out = x weight^T, whose gradient is dout.
+std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight, bool need_dx,
+                                             bool need_dweight) {
+  const int64_t rows = x.size(0), depth = x.size(1), cols = weight.size(0);
+  Tensor dx = torch::stable::new_empty(x, {need_dx ? rows : 0, need_dx ? depth : 0});
+  Tensor dweight = torch::stable::new_empty(weight, {0, 0});
+  lmk::LinearArgs a{};
+  a.compute = dtype_of(x);
+  if (need_dx) {
+    a.rows = rows, a.cols = depth, a.depth = cols;
+    a.a = lines_of(dout, 0), a.b = lines_of(weight, 1);
+    a.end.dtype = a.compute, a.end.out = dx.mutable_data_ptr(), a.end.out_row = depth;
+    run_matmul(a);
+  }
+  if (need_dweight) {
+    // in the layout of the weight
+    const bool turned = weight.stride(0) == 1 && weight.stride(1) != 1;
+    const Tensor &first = turned ? x : dout, &second = turned ? dout : x;
+    a.rows = first.size(1), a.cols = second.size(1), a.depth = rows;
+    a.a = lines_of(first, 1), a.b = lines_of(second, 1);
+    dweight = torch::stable::new_empty(weight, {a.rows, a.cols});
+    a.end.dtype = dtype_of(weight), a.end.out = dweight.mutable_data_ptr(), a.end.out_row = a.cols;
+    run_matmul(a);
+    if (turned) dweight = torch::stable::transpose(dweight, 0, 1);
+  }
+  return {dx, dweight};
+}
+
+// dx, dweight, dbias; those not needed are empty. pre is what the activation was applied to.
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& x_, const Tensor& weight_,
+                                              const OptionalTensor& pre, int64_t activation, bool need_dx,
+                                              bool need_dweight, bool need_dbias) {
+  check_weight(x_, weight_, {});
+  const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
+  Tensor dout = dense_rows(dout_);
+  lmk::ActivationArgs p{};
+  p.dtype = dtype_of(x);
+  p.rows = x.size(0), p.cols = weight.size(0);
+  STD_TORCH_CHECK(dout.size(0) == p.rows && dout.size(1) == p.cols, "dout must be (rows, out)");
+  check_wide(dout, x);
+  p.activation = static_cast<lmk::Activation>(activation);
+  Tensor dbias = bias_gradient(x, p.cols, need_dbias);
+  const bool active = p.activation != lmk::Activation::none;
+  if (active || need_dbias) {
+    p.dout = dout.const_data_ptr();
+    p.dout_row = dout.stride(0), p.dout_dtype = dtype_of(dout);
+    Tensor dpre = torch::stable::new_empty(x, {active ? p.rows : 0, active ? p.cols : 0});
+    if (active) {
+      STD_TORCH_CHECK(
+          pre && pre->is_contiguous() && pre->scalar_type() == x.scalar_type() && pre->numel() == p.rows * p.cols,
+          "pre must be (rows, out), contiguous, in the dtype of x");
+      p.pre = pre->const_data_ptr();
+      p.dpre = dpre.mutable_data_ptr();
+    }
+    p.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
+    run_activation(p);
+    if (active) dout = dpre;
+  }
+  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight);
+  return {dx, dweight, dbias};
+}
+
+// The gradients of activation(pre), or of activation(gate) * pre, and the value again: dpre, dgate, out, dbias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& dout_, const Tensor& pre,
+                                                          const OptionalTensor& gate, int64_t activation,
+                                                          bool need_dbias) {
+  const Tensor dout = dense_rows(dout_);
+  lmk::ActivationArgs p{};
+  p.dtype = dtype_of(pre);
+  p.rows = pre.size(0), p.cols = pre.size(1);
+  for (const Tensor* y : {&pre, gate ? &*gate : &pre})
+    STD_TORCH_CHECK(y->is_cpu() && y->is_contiguous() && y->scalar_type() == pre.scalar_type() && y->dim() == 2 &&
+                        y->size(0) == dout.size(0) && y->size(1) == dout.size(1),
+                    "dout, pre and gate must have one shape, pre and gate be contiguous and of one dtype");
+  check_wide(dout, pre);
+  p.activation = static_cast<lmk::Activation>(activation);
+  Tensor dpre = torch::stable::new_empty(pre, {p.rows, p.cols}), out = torch::stable::new_empty(pre, {p.rows, p.cols});
+  Tensor dgate = torch::stable::new_empty(pre, {gate ? p.rows : 0, gate ? p.cols : 0});
+  Tensor dbias = bias_gradient(pre, p.cols, need_dbias);
+  p.dout = dout.const_data_ptr(), p.dout_row = dout.stride(0), p.dout_dtype = dtype_of(dout);
+  p.pre = pre.const_data_ptr(), p.gate = gate ? gate->const_data_ptr() : nullptr;
+  p.dpre = dpre.mutable_data_ptr(), p.out = out.mutable_data_ptr();
+  p.dgate = gate ? dgate.mutable_data_ptr() : nullptr;
+  p.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
+  run_activation(p);
+  return {dpre, dgate, out, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lmkernels, CPU, m) {
+  m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
+  m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
+  m.impl("activation_bwd", TORCH_BOX(&activation_bwd));
+}

@@ -1,0 +1,171 @@
+// Linear layers for one instruction set; included by linear.cpp through foreach_isa.h.
+
+#include "vec.h"
+#include "vecmath.h"
+#include "activation_body.h"
+#include "gemm.h"
+#include "rows.h"
+#include "epilogue_body.h"
+#include "matmul.h"
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+// Rotates the leading elements of a head by the angles of its position; sign -1 rotates back.
+template <class T>
+void rotate_head(const HeadSplit& s, int64_t position, T sign, T* x) {
+  const int64_t half = s.rotated / 2;
+  const T* cos = reinterpret_cast<const T*>(s.cos) + position * half;
+  const T* sin = reinterpret_cast<const T*>(s.sin) + position * half;
+  if (s.interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      const T even = x[2 * i], odd = x[2 * i + 1], rise = sign * sin[i];
+      x[2 * i] = even * cos[i] - odd * rise;
+      x[2 * i + 1] = odd * cos[i] + even * rise;
+    }
+    return;
+  }
+  T* y = x + half;
+  for (int64_t i = 0; i < half; ++i) {
+    const T first = x[i], second = y[i], rise = sign * sin[i];
+    x[i] = first * cos[i] - second * rise;
+    y[i] = second * cos[i] + first * rise;
+  }
+}
+
+// Where head `head` of a row of the product lies in its own tensor.
+inline char* head_data(const HeadSplit& s, DType dtype, int64_t row, int64_t head) {
+  const int64_t kv = head - s.heads;
+  void* const base = kv < 0 ? s.q : kv < s.heads_kv ? s.k : s.v;
+  const int64_t count = kv < 0 ? s.heads : s.heads_kv;
+  const int64_t index = kv < 0 ? head : kv % s.heads_kv;
+  return static_cast<char*>(base) + (row * count + index) * s.head_dim * element_size(dtype);
+}
+
+inline int64_t position_of(const HeadSplit& s, int64_t row) {
+  const int64_t p = s.positions ? s.positions[row] : row % s.seq;
+  return p < 0 ? 0 : p < s.table ? p : s.table - 1;
+}
+
+template <class T>
+struct Finish {
+  const LinearArgs& args;
+  int64_t col, cols;
+
+  void operator()(int64_t row, int64_t n, T* c, int64_t c_ld) const {
+    for (int64_t r = 0; r < n; ++r) {
+      if (args.split.q)
+        split_row(row + r, c + r * c_ld);
+      else
+        finish_row(args.end, row + r, col, cols, c + r * c_ld);
+    }
+  }
+
+  // Parts of heads occur only where nothing is rotated.
+  void split_row(int64_t row, T* c) const {
+    const HeadSplit& s = args.split;
+    const Epilogue& e = args.end;
+    if (e.bias) add_row(e.bias_dtype, static_cast<const char*>(e.bias) + col * element_size(e.bias_dtype), cols, c);
+    for (int64_t i = 0; i < cols;) {
+      const int64_t head = (col + i) / s.head_dim, from = (col + i) % s.head_dim;
+      const int64_t n = s.head_dim - from < cols - i ? s.head_dim - from : cols - i;
+      if (s.cos && head < s.heads + s.heads_kv) rotate_head(s, position_of(s, row), T(1), c + i);
+      store_row(e.dtype, c + i, n, head_data(s, e.dtype, row, head) + from * element_size(e.dtype));
+      i += n;
+    }
+  }
+};
+
+template <class M>
+int64_t linear_scratch(const LinearArgs& a) {
+  Arena arena(nullptr);
+  MatmulScratch<M>(a.rows_per_task, a.cols_per_task, a.depth, arena);
+  return arena.used();
+}
+
+template <class M>
+void linear_matmul(const LinearArgs& a, int64_t task, void* scratch) {
+  const int64_t blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
+  const int64_t row = task / blocks * a.rows_per_task, col = task % blocks * a.cols_per_task;
+  const int64_t rows = a.rows - row < a.rows_per_task ? a.rows - row : a.rows_per_task;
+  const int64_t cols = a.cols - col < a.cols_per_task ? a.cols - col : a.cols_per_task;
+  Arena arena(scratch);
+  const MatmulScratch<M> w(rows, cols, a.depth, arena);
+  matmul<M>(a.a, a.b, row, rows, col, cols, a.depth, w, Finish<typename M::Acc>{a, col, cols});
+}
+
+// Sums over the rows run through blocks of 64, whose sums join a double.
+template <class T>
+void activation_task(const ActivationArgs& a, int64_t task) {
+  using V = Vec<T>;
+  constexpr int64_t kCols = kActivationCols, kRows = 64;
+  const int64_t col = task * kCols, n = a.cols - col < kCols ? a.cols - col : kCols, size = element_size(a.dtype);
+  double total[kCols] = {};
+  T sum[kCols], dout[kCols], pre[kCols], gate[kCols], out[kCols], dgate[kCols];
+  for (T* row : {dout, pre, gate})
+    for (int64_t i = 0; i < kCols; ++i) row[i] = 0;
+  for (int64_t block = 0; block < a.rows; block += kRows) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+    for (int64_t r = block; r < block + kRows && r < a.rows; ++r) {
+      const int64_t at = (r * a.cols + col) * size;
+      load_row(a.dout_dtype, static_cast<const char*>(a.dout) + (r * a.dout_row + col) * element_size(a.dout_dtype), n,
+               dout);
+      if (a.pre) load_row(a.dtype, static_cast<const char*>(a.pre) + at, n, pre);
+      if (a.gate) load_row(a.dtype, static_cast<const char*>(a.gate) + at, n, gate);
+      for (int64_t i = 0; i < n; i += V::kLanes) {
+        const V d = V::load(dout + i), p = V::load(pre + i), g = V::load(gate + i);
+        if (a.gate) {
+          const V active = activate<T>(a.activation, g);
+          (active * p).store(out + i);
+          (d * p * activate_grad<T>(a.activation, g)).store(dgate + i);
+          (d * active).store(dout + i);
+        } else if (a.activation != Activation::none) {
+          if (a.out) activate<T>(a.activation, p).store(out + i);
+          (d * activate_grad<T>(a.activation, p)).store(dout + i);
+        }
+      }
+      if (a.dpre) store_row(a.dtype, dout, n, static_cast<char*>(a.dpre) + at);
+      if (a.dgate) store_row(a.dtype, dgate, n, static_cast<char*>(a.dgate) + at);
+      if (a.out) store_row(a.dtype, out, n, static_cast<char*>(a.out) + at);
+      for (int64_t i = 0; i < n; ++i) sum[i] += dout[i];
+    }
+    for (int64_t i = 0; i < n; ++i) total[i] += double(sum[i]);
+  }
+  if (a.dbias)
+    for (int64_t i = 0; i < n; ++i) static_cast<T*>(a.dbias)[col + i] = T(total[i]);
+}
+
+template <class T>
+void join_row(const JoinArgs& a, int64_t row) {
+  const HeadSplit& s = a.split;
+  const int64_t heads = s.heads + 2 * s.heads_kv, size = element_size(a.dtype);
+  constexpr int64_t kLargest = 1024;
+  T x[kLargest];
+  char* out = static_cast<char*>(a.out) + row * heads * s.head_dim * size;
+  for (int64_t head = 0; head < heads; ++head, out += s.head_dim * size) {
+    const char* in = head_data(s, a.dtype, row, head);
+    if (s.cos && head < s.heads + s.heads_kv) {
+      load_row(a.dtype, in, s.rotated, x);
+      rotate_head(s, position_of(s, row), T(-1), x);
+      store_row(a.dtype, x, s.rotated, out);
+      memcpy(out + s.rotated * size, in + s.rotated * size, (s.head_dim - s.rotated) * size);
+    } else {
+      memcpy(out, in, s.head_dim * size);
+    }
+  }
+}
+
+template <class M>
+constexpr LinearKernels linear_of() {
+  using T = typename M::Acc;
+  return {sizeof(T), linear_scratch<M>, linear_matmul<M>, activation_task<T>, join_row<T>};
+}
+
+// One row per DType, in its order.
+constexpr LinearKernels kLinear[] = {linear_of<MathFma<float>>(), linear_of<MathForBf16>(), linear_of<MathFma<float>>(),
+                                     linear_of<MathFma<double>>()};
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

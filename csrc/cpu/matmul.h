@@ -1,0 +1,122 @@
+// Large matrix products C (rows, cols) = A (rows, depth) * B (depth, cols), block by block: B is packed once per task,
+// A is read where it lies or packed by blocks of rows, and sums stay in scratch memory until an epilogue takes them.
+// Included once per instruction set after rows.h, hence no include guard.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+inline const void* at(const Matrix& x, int64_t line, int64_t p) {
+  return static_cast<const char*>(x.data) + (line * x.line_stride + p * x.depth_stride) * element_size(x.dtype);
+}
+
+constexpr int64_t kMatmulRows = 96;    // rows of A that share a pass over the packed B; a multiple of kTileRows
+constexpr int64_t kMatmulDepth = 768;  // elements of the depth that are packed at once
+
+template <class M>
+struct MatmulScratch {
+  using E = typename M::Elem;
+  int64_t vecs, c_ld;
+  E *b, *a, *buffer;
+  typename M::Acc* c;
+  MatmulScratch(int64_t rows, int64_t cols, int64_t depth, Arena& arena) {
+    constexpr int64_t kLanes = M::V::kLanes;
+    vecs = (cols + kLanes - 1) / kLanes;
+    c_ld = vecs * kLanes;
+    const int64_t elements =
+        round_up(depth < kMatmulDepth * M::kPack ? (depth + M::kPack - 1) / M::kPack : kMatmulDepth, 16);
+    const int64_t block = rows < kMatmulRows ? rows : kMatmulRows;
+    b = arena.take<E>(round_up(c_ld, panel_of<M>()) * elements);
+    a = arena.take<E>(round_up(block, 16) * elements);
+    buffer = arena.take<E>(kLanes * elements);
+    c = arena.take<typename M::Acc>((depth <= kMatmulDepth * M::kPack ? block : rows) * c_ld);
+  }
+};
+
+// Packs columns [col, col + cols) of B over [k, k + n). Sets the strides of B in g.
+template <class M>
+void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, const MatmulScratch<M>& w,
+            GemmArgs<M>& g) {
+  constexpr int64_t kPanel = panel_of<M>();
+  const int64_t elements = (n + M::kPack - 1) / M::kPack;
+  g.b = w.b;
+  if (b.depth_stride == 1) {
+    const void* lines[kPanel];
+    g.b_depth = kPanel;
+    g.b_panel = kPanel * elements;
+    for (int64_t c = 0; c < cols; c += kPanel) {
+      const int64_t have = cols - c < kPanel ? cols - c : kPanel;
+      for (int64_t i = 0; i < have; ++i) lines[i] = at(b, col + c + i, k);
+      pack_columns<M>(b.dtype, lines, have, n, w.b + c * elements, w.buffer);
+    }
+    return;
+  }
+  g.b_depth = w.c_ld;
+  g.b_panel = kPanel;
+  for (int64_t p = 0; p < n; p += M::kPack) {
+    const void* lines[2] = {at(b, col, k + p), at(b, col, k + p + 1)};
+    pack_depth<M>(b.dtype, lines, n - p < M::kPack ? n - p : M::kPack, cols, w.b + p / M::kPack * w.c_ld, w.c_ld);
+  }
+}
+
+// Rows [row, row + rows) of A over [k, k + n) as the A of a product: where they lie, or packed.
+template <class M>
+void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, const MatmulScratch<M>& w,
+            GemmArgs<M>& g) {
+  using E = typename M::Elem;
+  const int64_t elements = (n + M::kPack - 1) / M::kPack;
+  if (a.depth_stride == 1) {
+    if (element_size(a.dtype) * M::kPack == int64_t(sizeof(E)) && n % M::kPack == 0 && a.line_stride % M::kPack == 0) {
+      g.a = static_cast<const E*>(at(a, row, k));
+      g.a_row = a.line_stride / M::kPack;
+      g.a_depth = 1;
+      return;
+    }
+    const int64_t ld = round_up(elements, 16);
+    for (int64_t i = 0; i < rows; ++i) {
+      const void* line = at(a, row + i, k);
+      pack_rows<M>(a.dtype, &line, 1, n, w.a + i * ld, ld);
+    }
+    g.a_row = ld;
+    g.a_depth = 1;
+  } else {
+    const int64_t ld = round_up(rows, 16);
+    for (int64_t p = 0; p < n; p += M::kPack) {
+      const void* lines[2] = {at(a, row, k + p), at(a, row, k + p + 1)};
+      pack_depth<M>(a.dtype, lines, n - p < M::kPack ? n - p : M::kPack, rows, w.a + p / M::kPack * ld, ld);
+    }
+    g.a_row = 1;
+    g.a_depth = ld;
+  }
+  g.a = w.a;
+}
+
+// epilogue(row, n, c, c_ld) takes the sums c (n, cols), rows of whole vectors, of rows [row, row + n), and may change
+// them.
+template <class M, class Epilogue>
+void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t depth,
+            const MatmulScratch<M>& w, const Epilogue& epilogue) {
+  GemmArgs<M> g{};
+  g.c_row = w.c_ld;
+  const int64_t step = kMatmulDepth * M::kPack;
+  for (int64_t k = 0; k == 0 || k < depth; k += step) {
+    const int64_t n = depth - k < step ? depth - k : step;
+    const bool last = k + step >= depth;
+    pack_b<M>(b, col, cols, k, n, w, g);
+    g.depth = (n + M::kPack - 1) / M::kPack;
+    for (int64_t r = 0; r < rows; r += kMatmulRows) {
+      const int64_t count = rows - r < kMatmulRows ? rows - r : kMatmulRows;
+      take_a<M>(a, row + r, count, k, n, w, g);
+      g.c = depth <= step ? w.c : w.c + r * w.c_ld;
+      if (k == 0)
+        gemm<M, Start::zero>(g, count, w.vecs);
+      else
+        gemm<M, Start::add>(g, count, w.vecs);
+      if (last) epilogue(row + r, count, g.c, w.c_ld);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

@@ -1,0 +1,3 @@
+from .api import linear
+
+__all__ = ["linear"]
