@@ -3,7 +3,20 @@
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
 from .ops.linear import linear
+from .ops.mlp import mlp, swiglu_mlp
+from .ops.output_projection import output_projection
+from .ops.qkv_projection import qkv_projection
 
 __version__ = "0.1.0"
 
-__all__ = ["attention", "attention_weights", "backends", "linear", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "attention_weights",
+    "backends",
+    "linear",
+    "mlp",
+    "output_projection",
+    "qkv_projection",
+    "scaled_dot_product_attention",
+    "swiglu_mlp",
+]

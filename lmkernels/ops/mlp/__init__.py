@@ -1,0 +1,3 @@
+from .api import mlp, swiglu_mlp
+
+__all__ = ["mlp", "swiglu_mlp"]

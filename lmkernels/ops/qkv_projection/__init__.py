@@ -1,0 +1,3 @@
+from .api import qkv_projection
+
+__all__ = ["qkv_projection"]
