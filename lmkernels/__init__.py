@@ -20,3 +20,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "swiglu_mlp",
 ]
+from .ops.attention_varlen import attention_varlen
+
+__version__ = "0.1.0"
+
+__all__ = ["attention", "attention_varlen", "attention_weights", "backends", "scaled_dot_product_attention"]

@@ -1,6 +1,7 @@
 // torch's side of attention: checks, allocates, runs the kernels. Included by bindings.cpp.
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "attention.h"
@@ -95,8 +96,8 @@ lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor
   return a;
 }
 
-// How many of seq_k keys sequence b has.
-int64_t keys_of(const int32_t* kv_lengths, int64_t b, int64_t seq_k) {
+// How many of seq_k keys sequence b sees.
+int64_t visible_length(const int32_t* kv_lengths, int64_t b, int64_t seq_k) {
   return kv_lengths ? std::clamp<int64_t>(kv_lengths[b], 0, seq_k) : seq_k;
 }
 
@@ -109,7 +110,7 @@ Sequences batch_sequences(const Tensor& q, const Tensor& k, const OptionalTensor
     lmk::Sequence& s = sequences[b];
     s.entry = b;
     s.seq_q = q.size(1), s.seq_k = seq_k;
-    s.keys = keys_of(lengths, b, seq_k);
+    s.keys = visible_length(lengths, b, seq_k);
     s.offset = offset;
   }
   return sequences;
@@ -135,8 +136,26 @@ void add_tasks(int64_t sequence, int64_t heads_kv, int64_t parts, AttentionTasks
     for (int64_t part = parts; part-- > 0;) tasks.push_back({sequence, hk, part});
 }
 
-// Writes a.out and a.lse, of which q is a neighbour for allocations.
-void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, const Tensor& q) {
+// How many queries and keys the sequences hold; packed tensors may have more.
+int64_t queries_of(const Sequences& sequences) {
+  int64_t n = 0;
+  for (const lmk::Sequence& s : sequences) n += s.seq_q;
+  return n;
+}
+int64_t keys_of(const Sequences& sequences) {
+  int64_t n = 0;
+  for (const lmk::Sequence& s : sequences) n += s.seq_k;
+  return n;
+}
+
+// Writes all of out and lse.
+void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out, Tensor& lse) {
+  if (lse.numel() == 0) return;
+  if (queries_of(sequences) * a.heads < lse.numel()) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
+  }
+  a.out = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
   constexpr int64_t kTasksPerThread = 4, kMostRows = 512, kLeastRows = 48, kCacheBytes = 256 * 1024;
   constexpr int64_t kSplitShares = 128, kSplitUnit = 64, kLeastSplit = 256;
   const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
@@ -179,7 +198,7 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, const Tensor
             [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], scratch); });
   if (splits.empty()) return;
   const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  Tensor partial = torch::stable::new_empty(q, {split_rows * state}, accumulator(q));
+  Tensor partial = torch::stable::new_empty(lse, {split_rows * state});
   a.partial = partial.mutable_data_ptr();
   a.most_rows = lmk::kFewRows;
   run_tasks(int64_t(splits.size()), kernels.split_scratch(a), split_work,
@@ -199,10 +218,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
       q.size(1), k.size(1));
   Tensor out = torch::stable::new_empty(q, {q.size(0), a.seq_q, a.heads, a.head_dim_v});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), a.heads, a.seq_q}, accumulator(q));
-  if (lse.numel() == 0) return {out, lse};
-  a.out = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
   Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
-  run_attention_fwd(a, sequences, q);
+  run_attention_fwd(a, sequences, out, lse);
   return {out, lse};
 }
 
@@ -273,6 +290,9 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
     for (Tensor* x : {&dq, &dk, &dv, &dbias, &dslopes, &dsink}) torch::stable::zero_(*x);
     return {dq, dk, dv, dbias, dslopes, dsink};
   }
+  if (queries_of(sequences) * a.heads < lse.numel()) torch::stable::zero_(dq);
+  if (keys_of(sequences) * a.heads_kv * a.head_dim < k.numel())
+    for (Tensor* x : {&dk, &dv}) torch::stable::zero_(*x);
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
 
   const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);

@@ -90,3 +90,4 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "linear_binding.h"
 // after linear_binding.h, whose functions it uses
 #include "qkv_projection_binding.h"
+#include "attention_varlen_binding.h"

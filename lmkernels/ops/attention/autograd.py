@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,9 @@ from . import native, reference
 
 BACKENDS = {"native": native, "reference": reference}
 
-# What follows q, k and v, in the order of the op's schema (see native.py): six tensors or None, then six numbers.
-Features = tuple  # mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, offset, scale, softcap, dropout_p
-_TENSORS = 6
+# What follows q, k and v, in the order of the op's schema (see native.py): tensors or None, the first of them mask,
+# bias, alibi_slopes and sink; then numbers.
+Features = tuple
 
 
 def run(module, q: Tensor, k: Tensor, v: Tensor, features: Features, deterministic: bool) -> tuple[Tensor, Tensor]:
@@ -22,30 +24,38 @@ def run(module, q: Tensor, k: Tensor, v: Tensor, features: Features, determinist
     return _Attention.apply(module.__name__.rpartition(".")[2], deterministic, q, k, v, *features)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, name, deterministic, q, k, v, *features):
-        out, lse = BACKENDS[name].forward(q, k, v, *features)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *features[:_TENSORS])
-        ctx.name, ctx.deterministic, ctx.numbers = name, deterministic, features[_TENSORS:]
-        return out, lse
+def gradient_of(backends: dict[str, ModuleType], n_tensors: int) -> type[torch.autograd.Function]:
+    """The function of (backend's name, deterministic, q, k, v, *features) whose features begin with so many tensors."""
 
-    @staticmethod
-    def backward(ctx, dout, dlse):
-        needs = ctx.needs_input_grad[6:9]  # bias, alibi_slopes, sink
-        q, k, v, out, lse, *features = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            gradients = reference_gradients(
-                lambda *tensors: reference.forward(*tensors, *ctx.numbers),
-                (q, k, v, *features),
-                ctx.needs_input_grad[2:11],
-                (dout, dlse),
-            )
-        else:
-            dq, dk, dv, *optional = BACKENDS[ctx.name].backward(
-                dout, dlse, q, k, v, out, lse, *features, *ctx.numbers, *needs, ctx.deterministic
-            )
-            dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
-            gradients = dq, dk, dv, None, dbias, dslopes, dsink, None, None
-        return None, None, *gradients, *(None,) * len(ctx.numbers)
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, name, deterministic, q, k, v, *features):
+            out, lse = backends[name].forward(q, k, v, *features)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(q, k, v, out, lse, *features[:n_tensors])
+            ctx.name, ctx.deterministic, ctx.numbers = name, deterministic, features[n_tensors:]
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, dout, dlse):
+            needs = ctx.needs_input_grad[6:9]  # bias, alibi_slopes, sink
+            q, k, v, out, lse, *features = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                gradients = reference_gradients(
+                    lambda *tensors: backends["reference"].forward(*tensors, *ctx.numbers),
+                    (q, k, v, *features),
+                    ctx.needs_input_grad[2 : 5 + n_tensors],
+                    (dout, dlse),
+                )
+            else:
+                dq, dk, dv, *optional = backends[ctx.name].backward(
+                    dout, dlse, q, k, v, out, lse, *features, *ctx.numbers, *needs, ctx.deterministic
+                )
+                dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
+                gradients = dq, dk, dv, None, dbias, dslopes, dsink, *(None,) * (n_tensors - 4)
+            return None, None, *gradients, *(None,) * len(ctx.numbers)
+
+    return Attention
+
+
+_Attention = gradient_of(BACKENDS, n_tensors=6)

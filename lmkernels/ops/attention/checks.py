@@ -30,45 +30,72 @@ def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
     except (AttributeError, ValueError):
         fits = False
     if not fits:
-        _explain_qkv(q, k, v, names)
+        _explain_qkv(q, k, v, names, "(b, s, h, d)")
         b, s_q, h, d, s_k = *q.shape, k.shape[1]
     return b, s_q, h, d, s_k
 
 
-def _explain_qkv(q, k, v, names) -> None:
+def check_packed_qkv(q, k, v) -> tuple[int, int, int, int]:
+    """t_q, h, d, t_k, or an error that names the argument."""
+    try:
+        t_q, h, d = q.shape
+        t_k, h_kv, d_k = k.shape
+        t_v, h_v, d_v = v.shape
+        fits = (
+            t_k == t_v
+            and h_kv == h_v
+            and d == d_k
+            and h_kv > 0
+            and h % h_kv == 0
+            and d > 0
+            and d_v > 0
+            and q.dtype == k.dtype == v.dtype
+            and q.dtype in FLOATS
+            and q.device == k.device == v.device
+        )
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_qkv(q, k, v, ("q", "k", "v"), "(t, h, d)")
+        t_q, h, d, t_k = *q.shape, k.shape[0]
+    return t_q, h, d, t_k
+
+
+def _explain_qkv(q, k, v, names, axes) -> None:
     """Raises the error of q, k and v that do not fit together; returns where they do after all (no heads)."""
+    n_axes = axes.count(",") + 1
     for name, x in zip(names, (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be (b, s, h, d) with 4 axes, got {tuple(x.shape)}")
+        if x.dim() != n_axes:
+            raise ValueError(f"{name} must be {axes} with {n_axes} axes, got {tuple(x.shape)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have {names[0]}'s dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on {names[0]}'s device {q.device}, got {x.device}")
-    b, _, h, d = q.shape
-    b_k, s_k, h_kv, d_k = k.shape
+    h, d = q.shape[-2:]
+    h_kv, d_k = k.shape[-2:]
     if d_k != d:
         raise ValueError(
             f"{names[1]} must have {names[0]}'s head size {d}, got {names[1]} {tuple(k.shape)} with "
             f"{names[0]} {tuple(q.shape)}"
         )
-    if b_k != b or v.shape[0] != b:
+    if n_axes == 4 and not k.shape[0] == v.shape[0] == q.shape[0]:
         raise ValueError(
-            f"{names[1]} and {names[2]} must have {names[0]}'s batch size {b}, got {names[1]} "
+            f"{names[1]} and {names[2]} must have {names[0]}'s batch size {q.shape[0]}, got {names[1]} "
             f"{tuple(k.shape)} and {names[2]} {tuple(v.shape)}"
         )
-    if v.shape[1] != s_k or v.shape[2] != h_kv:
+    if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(
             f"{names[2]} must have {names[1]}'s length and heads, got {names[2]} {tuple(v.shape)} with "
             f"{names[1]} {tuple(k.shape)}"
         )
     if h_kv == 0 and h > 0 or h_kv > 0 and h % h_kv:
         raise ValueError(f"the number of heads of {names[0]} must be a multiple of {names[1]}'s, got {h} and {h_kv}")
-    if d == 0 or v.shape[3] == 0:
-        raise ValueError(f"head sizes must be at least 1, got {d} and {v.shape[3]}")
+    if d == 0 or v.shape[-1] == 0:
+        raise ValueError(f"head sizes must be at least 1, got {d} and {v.shape[-1]}")
 
 
 def check_window(window, causal) -> tuple[int, int]:
@@ -126,20 +153,26 @@ def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.devic
     return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int) -> Tensor:
+def check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int, lengths=("s_q", "s_k")) -> Tensor:
     """x as a 4-d view whose axes are 1 or the scores'."""
+    axes = f"(b, h, {', '.join(lengths)})"
     if x.dim() > 4:
-        raise ValueError(f"{name} must broadcast to (b, h, s_q, s_k) = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must broadcast to {axes} = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
     if x.dim() < 4:
         x = x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
     for size, full in zip(x.shape, (b, h, s_q, s_k), strict=True):
         if size != full and size != 1:
-            raise ValueError(f"{name} must broadcast to (b, h, s_q, s_k) = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must broadcast to {axes} = {(b, h, s_q, s_k)}, got {tuple(x.shape)}")
     return x
 
 
-def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths):
-    """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take."""
+def check_features(
+    q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths, lengths: tuple[str, str] = ("s_q", "s_k")
+):
+    """mask, bias, alibi_slopes, sink, kv_lengths in the shapes that the backends take.
+
+    lengths: what the public function calls s_q and s_k.
+    """
     if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
         return None, None, None, None, None
     for name, x in (
@@ -158,9 +191,9 @@ def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = may attend), got {mask.dtype}; pass floats as bias")
-        mask = check_broadcast("mask", mask, b, h, s_q, s_k)
+        mask = check_broadcast("mask", mask, b, h, s_q, s_k, lengths)
     if bias is not None:
-        bias = check_broadcast("bias", check_same_or_wider("bias", bias, q), b, h, s_q, s_k)
+        bias = check_broadcast("bias", check_same_or_wider("bias", bias, q), b, h, s_q, s_k, lengths)
     if alibi_slopes is not None:
         check_same_or_wider("alibi_slopes", alibi_slopes, q)
         if tuple(alibi_slopes.shape) not in ((h,), (b, h)):
@@ -178,7 +211,9 @@ def check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths
         if kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling() and b > 0:
             low, high = kv_lengths.min().item(), kv_lengths.max().item()
             if low < 0 or high > s_k:
-                raise ValueError(f"kv_lengths must lie between 0 and s_k = {s_k}, got values from {low} to {high}")
+                raise ValueError(
+                    f"kv_lengths must lie between 0 and {lengths[1]} = {s_k}, got values from {low} to {high}"
+                )
         kv_lengths = kv_lengths.to(torch.int32).contiguous()
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     if alibi_slopes is not None:

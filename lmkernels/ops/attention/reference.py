@@ -12,8 +12,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def visible_keys(s_q: int, s_k: int, left: int, right: int, offset: int, device) -> Tensor | None:
-    """(s_q, s_k) bool, True where i + offset - left <= j <= i + offset + right; None when both are unbounded (-1)."""
+def visible_keys(s_q: int, s_k: int, left: int, right: int, offset: int | Tensor, device) -> Tensor | None:
+    """(s_q, s_k) bool, True where i + offset - left <= j <= i + offset + right; None when both are unbounded (-1).
+
+    An offset per sequence, (b, 1, 1, 1), gives (b, 1, s_q, s_k).
+    """
     if left < 0 and right < 0:
         return None
     diagonal = torch.arange(s_q, device=device)[:, None] + offset
@@ -35,7 +38,7 @@ def scores_and_visible(
     kv_lengths: Tensor | None,
     left: int,
     right: int,
-    offset: int,
+    offset: int | Tensor,
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ def scores_and_visible(
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         diagonal = torch.arange(s_q, device=q.device)[:, None] + offset
-        distance = (diagonal - torch.arange(s_k, device=q.device)).abs().to(acc)  # (s_q, s_k)
+        distance = (diagonal - torch.arange(s_k, device=q.device)).abs().to(acc)  # (..., s_q, s_k)
         scores = scores - alibi_slopes.to(acc).reshape(-1, h, 1, 1) * distance
     if bias is not None:
         scores = scores + bias.to(acc)
@@ -95,12 +98,15 @@ def forward(
     seed: Tensor | None,
     left: int,
     right: int,
-    offset: int,
+    offset: int | Tensor,
     scale: float,
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (b, s_q, h, d_v) in q's dtype and lse (b, h, s_q); arguments as `attention` after its checks."""
+    """out (b, s_q, h, d_v) in q's dtype and lse (b, h, s_q); arguments as `attention` after its checks.
+
+    offset: s_k - s_q, or one per sequence, (b, 1, 1, 1), where these end before s_q and s_k.
+    """
     b, s_q, h, _ = q.shape
     s_k, h_kv = k.shape[1:3]
     if kv_lengths is not None:

@@ -1,0 +1,3 @@
+from .api import attention_varlen
+
+__all__ = ["attention_varlen"]
