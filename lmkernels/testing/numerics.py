@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _library
 from ..ops.attention import attention
 from ..ops.attention.reference import visible_keys
+from ..ops.attention_varlen import attention_varlen
 from ..ops.philox import attention_keep
 from .cases import AttentionInputs
 
@@ -190,18 +191,19 @@ def attention_results(function: Callable, inputs: AttentionInputs, **options) ->
     }
 
 
-def golden_attention(inputs: AttentionInputs) -> dict[str, Tensor]:
+def golden_attention(inputs: AttentionInputs, function: Callable = attention) -> dict[str, Tensor]:
     """The reference in float64, from the very values that the inputs hold."""
-    return attention_results(attention, inputs.to(torch.float64), backend="reference")
+    return attention_results(function, inputs.to(torch.float64), backend="reference")
 
 
-def plain_attention_results(inputs: AttentionInputs) -> dict[str, Tensor]:
+def plain_attention_results(inputs: AttentionInputs, function: Callable = attention) -> dict[str, Tensor]:
     """What plain torch gives in the inputs' dtype, the yardstick of `assert_as_accurate`."""
+    plain = {attention: plain_attention, attention_varlen: plain_attention_varlen}[function]
     if inputs.q.dtype != torch.float64:
-        return attention_results(plain_attention, inputs)
+        return attention_results(plain, inputs)
     single = inputs.to(torch.float32)
     return _float64_yardstick(
-        golden_attention(inputs), attention_results(plain_attention, single), golden_attention(single)
+        golden_attention(inputs, function), attention_results(plain, single), golden_attention(single, function)
     )
 
 
@@ -233,8 +235,11 @@ def plain_attention(
     dropout_p=0.0,
     seed=None,
     return_lse=True,
+    first_b=0,
 ) -> tuple[Tensor, Tensor]:
     """Attention as a careful user writes it in eager torch, any float dtype; holds the scores.
+
+    first_b: the number of the first sequence, which dropout depends on.
 
     The softmax is float32, as everywhere in the field; so are the scores, which eager code often rounds to 16 bits
     between the matmul and the softmax. That would be a yardstick several times too generous: a fused kernel never
@@ -269,13 +274,58 @@ def plain_attention(
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~seen, 0.0)
     factor = seen.to(acc)
     if dropout_p > 0:
-        keep = attention_keep(torch.tensor(seed, device=q.device), b, h, s_q, s_k, dropout_p)
+        keep = attention_keep(torch.tensor(seed, device=q.device), first_b + b, h, s_q, s_k, dropout_p)[first_b:]
         factor = factor * keep / (1 - dropout_p) if dropout_p < 1 else factor * 0.0
     if sink is not None:
         scores = torch.cat([scores, sink.to(acc).reshape(1, h, 1, 1).expand(b, h, s_q, 1)], -1)
         v, factor = F.pad(v, (0, 0, 0, 1)), F.pad(factor.expand(b, h, s_q, s_k), (0, 1))
     out, lse = _PlainSoftmaxMatmul.apply(scores, v, factor)
     return out.transpose(1, 2), lse.masked_fill(~seen[..., 0], float("-inf"))
+
+
+def plain_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    kv_lengths=None,
+    return_lse=True,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`plain_attention` of one sequence after the other: out (t_q, h, d_v) and lse (h, t_q)."""
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[2])], [q.new_zeros(q.shape[1], 0)]
+    for b in range(len(cu_seqlens_q) - 1):
+        queries, keys = (slice(*cu_seqlens[b : b + 2].tolist()) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k))
+        s_q, s_k = queries.stop - queries.start, keys.stop - keys.start
+
+        def corner(x, b=b, s_q=s_q, s_k=s_k):
+            if x is None:
+                return None
+            x = x.reshape((1,) * (4 - x.dim()) + x.shape)
+            x = x[b : b + 1] if x.shape[0] > 1 else x
+            return x[:, :, : s_q if x.shape[2] > 1 else 1, : s_k if x.shape[3] > 1 else 1]
+
+        out, lse = plain_attention(
+            q[None, queries],
+            k[None, keys],
+            v[None, keys],
+            mask=corner(mask),
+            bias=corner(bias),
+            alibi_slopes=alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b],
+            kv_lengths=None if kv_lengths is None else kv_lengths[b : b + 1],
+            first_b=b,
+            **options,
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
 
 
 class _PlainSoftmaxMatmul(torch.autograd.Function):
