@@ -11,7 +11,7 @@ inline const void* at(const Matrix& x, int64_t line, int64_t p) {
 }
 
 constexpr int64_t kMatmulRows = 96;    // rows of A that share a pass over the packed B; a multiple of kTileRows
-constexpr int64_t kMatmulDepth = 768;  // elements of the depth that are packed at once
+constexpr int64_t kMatmulDepth = 384;  // elements of the depth that are packed at once
 
 template <class M>
 struct MatmulScratch {

@@ -32,8 +32,8 @@ def linear(
     residual: (..., d_out)
     backend: "native" or "reference"; None takes the first that can run this.
 
-    weight, bias and residual have x's dtype; where that has 16 bits they may be float32: then the products are still of
-    16 bits, without a copy of the weight in 16 bits, and its gradient is float32.
+    weight, bias and residual have x's dtype; where that has 16 bits they may be float32. The product then rounds the
+    weight to 16 bits, as autocast does but without a copy of it (float16: it need not), and its gradient is float32.
     Returns (..., d_out) in the dtype of residual, or of x. Sums are float32 (float64 for float64). Differentiable in x,
     weight, bias and residual; twice by recomputation through the reference.
 
