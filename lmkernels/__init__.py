@@ -2,26 +2,26 @@
 
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
+from .ops.attention_varlen import attention_varlen
 from .ops.linear import linear
 from .ops.mlp import mlp, swiglu_mlp
 from .ops.output_projection import output_projection
 from .ops.qkv_projection import qkv_projection
+from .ops.rotary import rotary, rotary_tables
 
 __version__ = "0.1.0"
 
 __all__ = [
     "attention",
+    "attention_varlen",
     "attention_weights",
     "backends",
     "linear",
     "mlp",
     "output_projection",
     "qkv_projection",
+    "rotary",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "swiglu_mlp",
 ]
-from .ops.attention_varlen import attention_varlen
-
-__version__ = "0.1.0"
-
-__all__ = ["attention", "attention_varlen", "attention_weights", "backends", "scaled_dot_product_attention"]

@@ -91,3 +91,5 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 // after linear_binding.h, whose functions it uses
 #include "qkv_projection_binding.h"
 #include "attention_varlen_binding.h"
+#include "indices_binding.h"
+#include "rotary_binding.h"

@@ -68,3 +68,22 @@ def check_finite(name: str, x) -> float:
     if not abs(x) < math.inf:
         raise ValueError(f"{name} must be a finite number, got {x}")
     return float(x)
+
+
+def check_indices(name: str, x, shapes: tuple[tuple[int, ...], ...], other_name: str, other: Tensor) -> Tensor:
+    """x, an int32 or int64 tensor on other's device in one of `shapes`."""
+    if check_tensor(name, x).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+    check_device(name, x, other_name, other)
+    if tuple(x.shape) not in shapes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dict.fromkeys(shapes)))}, got {tuple(x.shape)}")
+    return x
+
+
+def check_range(name: str, x: Tensor | None, size: int) -> None:
+    """Every index in [0, size), for backends that do not look themselves; not where a graph is being compiled."""
+    if x is None or x.numel() == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(x))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie between 0 and {size - 1}, got values from {low} to {high}")

@@ -487,6 +487,21 @@ class QKVCase:
     rotated: int = 0
     interleaved: bool = False
     positions: bool = False  # of every token, else 0 .. s - 1
+class RotaryCase:
+    """Arguments of `rotary`."""
+
+    name: str
+    b: int | None  # None: packed, (t, h, d)
+    s: int
+    h: int
+    d: int
+    d_rot: int | None = None  # default d
+    interleaved: bool = False
+    positions: str | None = None  # the axes of b, s that they have
+    wide_positions: bool = True  # int64
+    tables: str = "n"  # n: a row for each position; 1s, bs: the rows of the tokens
+    float32_tables: bool = True  # else in x's dtype
+    layout: str = "bshd"  # bshd, bhsd, fused (b, s, 3, h, d), padded or strided: no axis is contiguous
 
     def __str__(self) -> str:
         return self.name
@@ -513,3 +528,78 @@ QKV = [
     QKVCase("part of a head, odd sizes", 3, 19, 33, 4, 1, 10, rotated=6),
     QKVCase("positions of every token", 2, 37, 48, 4, 4, 40, rotated=40, positions=True),
 ]
+    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+        """The tensors x, cos and sin, and the other arguments."""
+        generator = torch.Generator().manual_seed(seed)
+        b, d_rot = self.b or 1, self.d if self.d_rot is None else self.d_rot
+        x = _laid_out(self.layout, b, self.s, self.h, self.d, generator)
+        rows = {"n": (self.s + 5,), "1s": (1, self.s), "bs": (b, self.s)}[self.tables]
+        angles = torch.rand(*rows, d_rot // 2, generator=generator) * 100
+        table_dtype = torch.promote_types(dtype, torch.float32) if self.float32_tables else dtype
+        options = {"interleaved": self.interleaved}
+        if self.positions is not None:
+            shape = tuple(b if axis == "b" else self.s for axis in self.positions)
+            positions = torch.randint(self.s + 5, shape, generator=generator)
+            options["positions"] = positions.to(device, torch.int64 if self.wide_positions else torch.int32)
+        x = (x if self.b else x[0]).to(dtype)
+        tensors = {"x": x, "cos": angles.cos().to(table_dtype), "sin": angles.sin().to(table_dtype)}
+        return {name: tensor.to(device) for name, tensor in tensors.items()}, options
+
+
+def _laid_out(layout: str, b: int, s: int, h: int, d: int, generator: torch.Generator) -> Tensor:
+    """(b, s, h, d), standard normal, as a view of a larger or transposed tensor."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if layout == "bhsd":
+        return normal(b, h, s, d).transpose(1, 2)
+    if layout == "fused":
+        return normal(b, s, 3, h, d)[:, :, 1]
+    if layout == "padded":
+        return normal(b, s + 2, h + 1, d + 3)[:, 1:-1, 1:, 2:-1]
+    if layout == "strided":
+        return normal(b, s, h, 2 * d)[..., ::2]
+    return normal(b, s, h, d)
+
+
+# Half of d_rot is 1 to 64: less than a vector of any instruction set, some whole ones, and some with a rest.
+ROTARY = [
+    RotaryCase("GPT-2 size", 2, 33, 12, 64),
+    RotaryCase("GPT-2 size, interleaved", 2, 33, 12, 64, interleaved=True),
+    RotaryCase("fused projection", 2, 20, 4, 64, layout="fused"),
+    RotaryCase("(b, h, s, d), head size 128, interleaved", 1, 50, 3, 128, interleaved=True, layout="bhsd"),
+    RotaryCase("padded, head size 80", 2, 17, 3, 80, layout="padded"),
+    RotaryCase("padded, head size 80, interleaved", 2, 17, 3, 80, layout="padded", interleaved=True),
+    RotaryCase("no contiguous axis", 2, 9, 2, 48, layout="strided"),
+    RotaryCase("a quarter of the head (Pythia)", 2, 31, 4, 64, d_rot=16),
+    RotaryCase("half of an odd head", 1, 7, 3, 37, d_rot=18),
+    RotaryCase("a part of the head, interleaved (GPT-J)", 1, 31, 2, 256, d_rot=64, interleaved=True),
+    RotaryCase("two columns of five", 3, 4, 2, 5, d_rot=2),
+    RotaryCase("two columns of five, interleaved", 3, 4, 2, 5, d_rot=2, interleaved=True),
+    RotaryCase("no column", 1, 4, 2, 8, d_rot=0),
+    RotaryCase("one token, one head", 1, 1, 1, 64),
+    RotaryCase("positions of the sequence", 3, 20, 2, 32, positions="s"),
+    RotaryCase("positions of each token", 3, 20, 2, 32, positions="bs", interleaved=True),
+    RotaryCase("int32 positions", 3, 20, 2, 32, positions="bs", wide_positions=False),
+    RotaryCase("packed", None, 50, 4, 64),
+    RotaryCase("packed, positions", None, 50, 4, 64, positions="s", interleaved=True),
+    RotaryCase("rows of the tokens, one sequence", 3, 20, 2, 64, tables="1s"),
+    RotaryCase("rows of the tokens", 3, 20, 2, 64, tables="bs", interleaved=True),
+    RotaryCase("tables in x's dtype", 2, 20, 2, 64, float32_tables=False),
+    RotaryCase("several tasks of tokens", 4, 150, 12, 64, positions="bs"),
+]
+
+# q of GPT-2, of Llama-like sizes with few key heads, and of one token
+ROTARY_BENCHMARKS = {
+    "out of cache": [
+        RotaryCase("b8-s1024-h12-d64", 8, 1024, 12, 64),
+        RotaryCase("b8-s1024-h12-d64-interleaved", 8, 1024, 12, 64, interleaved=True),
+        RotaryCase("b4-s1024-h16-d128-fused", 4, 1024, 16, 128, layout="fused"),
+    ],
+    "in cache": [
+        RotaryCase("b1-s256-h12-d64", 1, 256, 12, 64),
+        RotaryCase("b1-s128-h12-d64-interleaved", 1, 128, 12, 64, interleaved=True),
+    ],
+    "one token": [RotaryCase("b1-s1-h12-d64", 1, 1, 12, 64)],
+}

@@ -1,0 +1,106 @@
+// Elements of tensors, one vector at a time, as the vectors that sums are made in: float, double for double.
+// Included once per instruction set after vec.h and rows.h, hence no include guard.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// The type that arithmetic on elements E is done in.
+template <class E>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <class E>
+using Acc = typename AccOf<E>::type;
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(Bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
+inline float widen(F16 x) { return from_f16(x.bits); }
+
+inline void narrow(float x, float* p) { *p = x; }
+inline void narrow(double x, double* p) { *p = x; }
+inline void narrow(float x, Bf16* p) { p->bits = to_bf16(x); }
+inline void narrow(float x, F16* p) { p->bits = to_f16(x); }
+
+inline Vec<float> load_vec(const float* p) { return Vec<float>::load(p); }
+inline Vec<double> load_vec(const double* p) { return Vec<double>::load(p); }
+inline void store_vec(Vec<float> x, float* p) { x.store(p); }
+inline void store_vec(Vec<double> x, double* p) { x.store(p); }
+
+#if LMK_LANES == 16
+
+inline Vec<float> load_vec(const Bf16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Vec<float> load_vec(const F16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// Rounds as to_bf16 does. vcvtneps2bf16 would turn subnormals into zeros.
+inline void store_vec(Vec<float> x, Bf16* p) {
+  const __m512i bits = _mm512_castps_si512(x.v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
+inline void store_vec(Vec<float> x, F16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif LMK_LANES == 8
+
+inline Vec<float> load_vec(const Bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline Vec<float> load_vec(const F16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_vec(Vec<float> x, Bf16* p) {
+  const __m256i bits = _mm256_castps_si256(x.v),
+                odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline void store_vec(Vec<float> x, F16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+
+template <class E>
+inline Vec<float> load_vec(const E* p) {
+  float lanes[Vec<float>::kLanes];
+  for (int i = 0; i < Vec<float>::kLanes; ++i) lanes[i] = widen(p[i]);
+  return Vec<float>::load(lanes);
+}
+template <class E>
+inline void store_vec(Vec<float> x, E* p) {
+  float lanes[Vec<float>::kLanes];
+  x.store(lanes);
+  for (int i = 0; i < Vec<float>::kLanes; ++i) narrow(lanes[i], p + i);
+}
+
+#endif
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk
