@@ -80,6 +80,12 @@ void token_angles(const RotaryArgs& a, int64_t b, int64_t row, T* cos, T* sin) {
 }
 
 template <class E>
+inline void prefetch_row(const E* x, int64_t n) {
+  const char* p = reinterpret_cast<const char*>(x);
+  for (int64_t i = 0; i < n * int64_t(sizeof(E)); i += 64) __builtin_prefetch(p + i);
+}
+
+template <class E>
 void rotary(const RotaryArgs& a, int64_t first, int64_t n, void* scratch) {
   using T = Acc<E>;
   T *cos = static_cast<T*>(scratch), *sin = cos + 2 * a.pairs;
@@ -89,6 +95,8 @@ void rotary(const RotaryArgs& a, int64_t first, int64_t n, void* scratch) {
     const int64_t b = token / a.seq, s = token % a.seq;
     token_angles(a, b, a.positions.at(b, s), cos, sin);
     const E* x = static_cast<const E*>(a.x) + b * a.x_batch + s * a.x_seq;
+    if (s + 1 < a.seq)
+      for (int64_t h = 0; h < a.heads; ++h) prefetch_row(x + a.x_seq + h * a.x_head, a.head_dim);
     for (int64_t h = 0; h < a.heads; ++h, x += a.x_head, out += a.head_dim) {
       if (a.interleaved)
         rotate_pairs(x, cos, sin, rotated, out);
