@@ -3,19 +3,24 @@
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
 from .ops.attention_varlen import attention_varlen
+from .ops.embed import embed
 from .ops.linear import linear
 from .ops.mlp import mlp, swiglu_mlp
 from .ops.output_projection import output_projection
+from .ops.positions import add_positions, alibi_slopes, sinusoidal
 from .ops.qkv_projection import qkv_projection
 from .ops.rotary import rotary, rotary_tables
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "add_positions",
+    "alibi_slopes",
     "attention",
     "attention_varlen",
     "attention_weights",
     "backends",
+    "embed",
     "linear",
     "mlp",
     "output_projection",
@@ -23,5 +28,6 @@ __all__ = [
     "rotary",
     "rotary_tables",
     "scaled_dot_product_attention",
+    "sinusoidal",
     "swiglu_mlp",
 ]

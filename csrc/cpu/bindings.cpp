@@ -92,4 +92,5 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "qkv_projection_binding.h"
 #include "attention_varlen_binding.h"
 #include "indices_binding.h"
+#include "embed_binding.h"
 #include "rotary_binding.h"

@@ -603,3 +603,97 @@ ROTARY_BENCHMARKS = {
     ],
     "one token": [RotaryCase("b1-s1-h12-d64", 1, 1, 12, 64)],
 }
+
+
+@dataclass(frozen=True)
+class EmbedCase:
+    """Arguments of `embed`, or, with its x in place of the token's row, of `add_positions`."""
+
+    name: str
+    b: int | None  # None: packed, (t,)
+    s: int
+    d: int
+    vocab: int = 50
+    positions: str | None = None  # the axes of b, s that they have; "" stands for 0, 1, 2, ...
+    types: str | None = None  # the same; "" stands for type 0
+    float32_tables: bool = False  # position and type table in float32 beside 16 bits
+    wide_ids: bool = True  # int64
+    repeated: float = 0.0  # this share of the tokens is one and the same
+    layout: str = "dense"  # dense, or strided: no axis of a table or of x is contiguous
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], list[str]]:
+        """The arguments of `embed`, and the names of its tables."""
+        generator = torch.Generator().manual_seed(seed)
+        ids_dtype = torch.int64 if self.wide_ids else torch.int32
+        tokens = (self.b, self.s) if self.b is not None else (self.s,)
+
+        def ids(axes: str, size: int) -> Tensor:
+            shape = tokens if "b" in axes else (self.s,)
+            return torch.randint(size, shape, generator=generator).to(device, ids_dtype)
+
+        token_ids = ids("bs", self.vocab)
+        token_ids[torch.rand(tokens, generator=generator) < self.repeated] = self.vocab // 2
+        inputs = {"token_ids": token_ids, "token_table": self._table(self.vocab, dtype, generator)}
+        beside = torch.promote_types(dtype, torch.float32) if self.float32_tables else dtype
+        if self.positions is not None:
+            inputs["position_table"] = self._table(self.s + 3, beside, generator)
+            if self.positions:
+                inputs["positions"] = ids(self.positions, self.s + 3)
+        if self.types is not None:
+            inputs["type_table"] = self._table(3, beside, generator)
+            if self.types:
+                inputs["type_ids"] = ids(self.types, 3)
+        inputs = {name: x.to(device) for name, x in inputs.items()}
+        return inputs, [name for name in inputs if name.endswith("_table")]
+
+    def make_added(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors of `add_positions`."""
+        inputs, _ = replace(self, positions=self.positions or "", types=None).make(dtype, seed, device)
+        generator = torch.Generator().manual_seed(seed + 1)
+        tokens = tuple(inputs["token_ids"].shape)
+        x = torch.randn(*tokens, 2 * self.d, generator=generator)
+        x = x[..., ::2] if self.layout == "strided" else x[..., : self.d]
+        added = {"x": x.to(device, dtype), "table": inputs["position_table"]}
+        return added | ({"positions": inputs["positions"]} if "positions" in inputs else {})
+
+    def _table(self, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        if self.layout == "strided":
+            return torch.randn(2 * self.d, n, generator=generator).to(dtype).t()[:, ::2]
+        return torch.randn(n, self.d, generator=generator).to(dtype)
+
+
+# d lies below, at and beyond a vector and a block of columns; more tokens than a task and than a group's look-ahead
+EMBED = [
+    EmbedCase("tokens alone", 2, 33, 64),
+    EmbedCase("GPT-2", 2, 40, 768, positions=""),
+    EmbedCase("BERT", 3, 30, 100, positions="", types="bs"),
+    EmbedCase("BERT, positions of the sequence", 3, 30, 256, positions="s", types="s"),
+    EmbedCase("positions of each token", 3, 30, 33, positions="bs"),
+    EmbedCase("type 0 for all", 2, 7, 31, types=""),
+    EmbedCase("int32 indices", 2, 30, 48, positions="bs", types="bs", wide_ids=False),
+    EmbedCase("packed", None, 70, 96, positions="s", types="s"),
+    EmbedCase("packed, positions 0, 1, 2, ...", None, 70, 7, positions=""),
+    EmbedCase("float32 tables beside", 2, 30, 300, positions="", types="bs", float32_tables=True),
+    EmbedCase("no contiguous axis", 2, 20, 40, positions="bs", types="bs", layout="strided"),
+    EmbedCase("one column", 2, 20, 1, positions=""),
+    EmbedCase("one token", 1, 1, 768, positions="", types="bs"),
+    EmbedCase("one row of each table", 2, 30, 24, vocab=1, positions="s"),
+    EmbedCase("one token in many places", 4, 200, 136, vocab=300, positions="", repeated=0.7),
+]
+
+EMBED_BENCHMARKS = {
+    "GPT-2": [
+        EmbedCase("b1-s1024-d768", 1, 1024, 768, vocab=50257, positions=""),
+        EmbedCase("b4-s1024-d768-half-repeated", 4, 1024, 768, vocab=50257, positions="", repeated=0.5),
+    ],
+    "BERT": [EmbedCase("b32-s128-d768", 32, 128, 768, vocab=30522, positions="", types="bs")],
+    "one token": [EmbedCase("b1-s1-d768", 1, 1, 768, vocab=50257, positions="")],
+}
+
+ADD_POSITIONS_BENCHMARKS = {
+    "out of cache": [EmbedCase("b8-s1024-d768", 8, 1024, 768, positions="")],
+    "in cache": [EmbedCase("b1-s256-d768", 1, 256, 768, positions="")],
+}

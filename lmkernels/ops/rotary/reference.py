@@ -31,10 +31,3 @@ def _of_tokens(table: Tensor, positions: Tensor | None, s: int) -> Tensor:
     if positions is not None:
         return table[positions]
     return table[:s] if table.dim() == 2 else table
-
-
-def backward(
-    dout: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> Tensor:
-    """A rotation's transpose is its inverse."""
-    return forward(dout, cos, sin, positions, interleaved, not inverse)

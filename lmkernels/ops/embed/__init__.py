@@ -1,0 +1,3 @@
+from .api import embed
+
+__all__ = ["embed"]
