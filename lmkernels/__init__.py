@@ -9,11 +9,13 @@ from .ops.mlp import mlp, swiglu_mlp
 from .ops.output_projection import output_projection
 from .ops.positions import add_positions, alibi_slopes, sinusoidal
 from .ops.qkv_projection import qkv_projection
+from .ops.relative_bias import RelativeBias, relative_bias
 from .ops.rotary import rotary, rotary_tables
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RelativeBias",
     "add_positions",
     "alibi_slopes",
     "attention",
@@ -25,6 +27,7 @@ __all__ = [
     "mlp",
     "output_projection",
     "qkv_projection",
+    "relative_bias",
     "rotary",
     "rotary_tables",
     "scaled_dot_product_attention",

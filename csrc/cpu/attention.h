@@ -35,7 +35,8 @@ struct Heads {
 struct ScoreMap {
   const void* data;
   int64_t batch, head, q, k;
-  DType dtype;  // of a bias; a mask holds bytes
+  DType dtype;     // of a bias; a mask holds bytes
+  int64_t offset;  // stride of the sequence's offset: a bias by distance depends on j - i - offset alone
 };
 
 struct AttentionArgs {
@@ -65,6 +66,10 @@ struct AttentionArgs {
   void* dq_partial;         // (rows of every task of a key head with several, padded head_dim)
   double* dslopes_partial;  // (tasks, heads / heads_kv) or null
   double* dsink_partial;    // (sequences, heads) or null
+
+  // gradient of a bias by distance j - i - offset, from -most_k to most_q - 1: (tasks, heads / heads_kv, distances)
+  double* ddistance_partial;  // or null
+  int64_t distances, most_k;
 
   // gradient of the bias: (sequences or 1, heads or 1, seq_q or 1, seq_k or 1), contiguous, in dtype of the bias
   void* dbias;

@@ -31,6 +31,29 @@ lmk::Heads heads_of(const Tensor& x) {
   return {x.const_data_ptr(), seq ? x.stride(0) : 0, x.stride(seq), x.stride(seq + 1)};
 }
 
+// Whether a bias is (1, h, 1, most_q + most_k), by distance from -most_k to most_q - 1: one that broadcasts has 1 or
+// most_k elements on its last axis.
+bool by_distance(const OptionalTensor& bias, int64_t most_k) {
+  return bias && bias->dim() == 4 && bias->size(3) != 1 && bias->size(3) != most_k;
+}
+
+lmk::ScoreMap distance_map(const Tensor& x, const Tensor& q, const lmk::AttentionArgs& a) {
+  STD_TORCH_CHECK(
+      x.is_cpu() && x.is_contiguous() && x.scalar_type() == accumulator(q) && x.size(0) == 1 && x.size(1) == a.heads &&
+          x.size(2) == 1 && x.size(3) == a.distances,
+      "bias must broadcast to (b, h, s_q, s_k), or go by distance: (1, h, 1, s_q + s_k), contiguous, of the "
+      "accumulator's dtype");
+  const lmk::DType dtype = dtype_of(x);
+  const char* zero = static_cast<const char*>(x.const_data_ptr()) + a.most_k * lmk::element_size(dtype);
+  return {zero, 0, a.distances, -1, 1, dtype, -1};
+}
+
+// Distances lie in the tensor where the diagonal ends at the last query and the last key.
+void check_distances(const lmk::AttentionArgs& a, const Sequences& sequences) {
+  for (const lmk::Sequence& s : sequences)
+    STD_TORCH_CHECK(a.distances == 0 || s.offset == s.seq_k - s.seq_q, "a bias by distance needs offset = s_k - s_q");
+}
+
 // most_q, most_k: the score axes of a mask or bias.
 lmk::ScoreMap score_map(const OptionalTensor& x, const lmk::AttentionArgs& a, int64_t most_q, int64_t most_k) {
   if (!x) return {};
@@ -41,7 +64,7 @@ lmk::ScoreMap score_map(const OptionalTensor& x, const lmk::AttentionArgs& a, in
     STD_TORCH_CHECK(x->size(i) == full[i] || x->size(i) == 1, "mask and bias must broadcast to (b, h, s_q, s_k)");
     strides[i] = x->size(i) == 1 ? 0 : x->stride(i);
   }
-  lmk::ScoreMap m{x->const_data_ptr(), strides[0], strides[1], strides[2], strides[3], a.dtype};
+  lmk::ScoreMap m{x->const_data_ptr(), strides[0], strides[1], strides[2], strides[3], a.dtype, 0};
   if (x->scalar_type() != ScalarType::Bool) m.dtype = dtype_of(*x);
   return m;
 }
@@ -81,7 +104,12 @@ lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v);
   if (o.mask) STD_TORCH_CHECK(o.mask->scalar_type() == ScalarType::Bool, "mask must be bool");
   a.mask = score_map(o.mask, a, most_q, most_k);
-  a.bias = score_map(o.bias, a, most_q, most_k);
+  if (by_distance(o.bias, most_k)) {
+    a.distances = most_q + most_k, a.most_k = most_k;
+    a.bias = distance_map(*o.bias, q, a);
+  } else {
+    a.bias = score_map(o.bias, a, most_q, most_k);
+  }
   const bool per_sequence = o.alibi_slopes && o.alibi_slopes->dim() == 2;
   a.slopes = accumulator_data(o.alibi_slopes, q, per_sequence ? sequences * a.heads : a.heads);
   a.slopes_batch = per_sequence ? a.heads : 0;
@@ -150,6 +178,7 @@ int64_t keys_of(const Sequences& sequences) {
 
 // Writes all of out and lse.
 void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out, Tensor& lse) {
+  check_distances(a, sequences);
   if (lse.numel() == 0) return;
   if (queries_of(sequences) * a.heads < lse.numel()) {
     torch::stable::zero_(out);
@@ -264,6 +293,7 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
                                      const OptionalTensor& dlse_, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& out, const Tensor& lse, const AttentionOptions& o, bool need_dbias,
                                      bool need_dslopes, bool need_dsink, bool deterministic) {
+  check_distances(a, sequences);
   const OptionalTensor dlse = dlse_ ? OptionalTensor(torch::stable::contiguous(*dlse_)) : dlse_;
   const Tensor dout = dout_ ? dense(*dout_, q.dim()) : torch::stable::new_zeros(out, out.sizes());
   for (const Tensor* x : {&out, &dout}) {
@@ -318,6 +348,9 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
   std::vector<double> dsink_partial(need_dsink ? size_t(a.sequences * a.heads) : 0);
   a.dslopes_partial = need_dslopes ? dslopes_partial.data() : nullptr;
   a.dsink_partial = need_dsink ? dsink_partial.data() : nullptr;
+  const bool need_ddistance = need_dbias && a.distances > 0;
+  std::vector<double> ddistance_partial(need_ddistance ? tasks.size() * size_t(group * a.distances) : 0);
+  a.ddistance_partial = need_ddistance ? ddistance_partial.data() : nullptr;
   run_tasks(int64_t(tasks.size()), kernels.bwd_scratch(a), flops,
             [&](int64_t i, void* scratch) { kernels.bwd(a, tasks[i], scratch); });
   run_tasks(int64_t(finishes.size()), 0, 8.0 * double(partial_rows * wide),
@@ -336,7 +369,15 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
     for (int64_t i = 0; i < a.sequences * a.heads; ++i) sums[i % a.heads] += dsink_partial[i];
     store_sums(sums, dsink);
   }
-  if (need_dbias) {
+  if (need_ddistance) {
+    const int64_t n = group * a.distances;
+    std::vector<double> sums(size_t(a.heads * a.distances));
+    for (int64_t b = 0; b < a.sequences; ++b)
+      for (int64_t part = 0; part < a.heads_kv * sequences[b].parts; ++part)
+        for (int64_t i = 0; i < n; ++i)
+          sums[part / sequences[b].parts * n + i] += ddistance_partial[(sequences[b].parts_before + part) * n + i];
+    store_sums(sums, dbias);
+  } else if (need_dbias) {
     a.dbias = dbias.mutable_data_ptr();
     a.dbias_batch = dbias.size(0), a.dbias_heads = dbias.size(1), a.dbias_q = dbias.size(2), a.dbias_k = dbias.size(3);
     const int64_t row_tasks = (a.dbias_q + kernels.dbias_rows - 1) / kernels.dbias_rows;

@@ -101,11 +101,12 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
 }
 
 // P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse and delta. dslopes
-// (group,) or null is added to; score_gradient says that dS is wanted with respect to the score, after the soft cap.
+// (group,) and ddistance (group, distances) are added to, or null; score_gradient says that dS is wanted with respect
+// to the score, after the soft cap.
 template <class M>
 void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>& w, const Row* rows, int64_t r0,
                  const typename M::Acc* lse, const typename M::Acc* delta, int64_t n, int64_t j0, Span span,
-                 double* dslopes, bool score_gradient) {
+                 double* dslopes, double* ddistance, bool score_gradient) {
   using T = typename M::Acc;
   using V = typename M::V;
   constexpr int64_t kLanes = V::kLanes, kPanel = panel_of<M>();
@@ -144,6 +145,12 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
       T weighted[kBwdKeys];
       for (int64_t c = 0; c < width; ++c) weighted[c] = dp[c] * std::fabs(start - T(c));
       dslopes[row.h - head.hk * head.group] -= sum_row(weighted, width);
+    }
+    if (ddistance) {
+      double* sum =
+          ddistance + (row.h - head.hk * head.group) * a.distances + a.most_k + first_key - row.i - head.offset;
+      const int64_t seen = head.keys - first_key < width ? head.keys - first_key : width;
+      for (int64_t c = 0; c < seen; ++c) sum[c] += dp[c];
     }
     if (a.softcap > 0 && !score_gradient)
       for (int64_t c = 0; c < width; ++c) dp[c] *= w.capped[c];
@@ -197,7 +204,7 @@ int64_t bwd_scratch(const AttentionArgs& a) {
 // The gradients of the block's rows against the block's keys: w.dq, w.dk and w.dv are added to.
 template <class M>
 void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
-               int64_t j0, int64_t block, double* dslopes) {
+               int64_t j0, int64_t block, double* dslopes, double* ddistance) {
   using T = typename M::Acc;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
@@ -211,7 +218,8 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
     Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
     if (span.empty()) span = {all.begin, all.begin};
     if (!span.empty())
-      grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, false);
+      grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, ddistance,
+                     false);
     for (int64_t r = r0; r < r0 + count; ++r)
       for (T* x : {w.s + r * kBwdKeys, w.dp + r * kBwdKeys}) {
         for (int64_t c = all.begin; c < span.begin; ++c) x[c] = 0;
@@ -293,6 +301,9 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
   const int64_t number = head.parts_before + head.hk * head.parts + task.part;
   double* dslopes = a.dslopes_partial ? a.dslopes_partial + number * head.group : nullptr;
   for (int64_t g = 0; dslopes && g < head.group; ++g) dslopes[g] = 0;
+  const int64_t distances = head.group * a.distances;
+  double* ddistance = a.ddistance_partial ? a.ddistance_partial + number * distances : nullptr;
+  for (int64_t i = 0; ddistance && i < distances; ++i) ddistance[i] = 0;
   double* dsink =
       a.dsink_partial && task.part == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
@@ -319,7 +330,8 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
       const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
       for (int64_t i = packed; i < round_up(block, M::V::kLanes) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
       for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
-        bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes);
+        bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes,
+                     ddistance);
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }
@@ -400,7 +412,7 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
           const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
           if (span.empty()) continue;
           grad_rows<M>(a, head, w, rows, n);
-          grad_scores<M>(a, head, w, rows, 0, lse, delta, n, j0, span, nullptr, true);
+          grad_scores<M>(a, head, w, rows, 0, lse, delta, n, j0, span, nullptr, nullptr, true);
           const int64_t end = span.end < block ? span.end : block;
           for (int64_t r = 0; r < n; ++r) {
             const T* ds = w.dp + r * kBwdKeys;

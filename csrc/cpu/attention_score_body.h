@@ -76,7 +76,7 @@ T slope_of(const AttentionArgs& a, const KeyHead& head, int64_t h) {
 template <class T>
 void add_bias(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* s) {
   const ScoreMap& m = a.bias;
-  const int64_t first = head.b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k;
+  const int64_t first = head.b * m.batch + row.h * m.head + row.i * m.q + j0 * m.k + head.offset * m.offset;
   if (m.k == 0) {
     const T x = load_one<T>(m.dtype, m.data, first);
     for (int64_t j = 0; j < n; ++j) s[j] += x;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._checks import autocast, check_same_or_wider
+from ..relative_bias import RelativeBias
 from . import reference
 from .autograd import BACKENDS, run
 from .checks import (
@@ -33,7 +34,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     kv_lengths: Tensor | None = None,
@@ -59,7 +60,8 @@ def attention(
     scale: factor on q k^T, default 1 / sqrt(d).
     softcap: c > 0 replaces a scaled score x by c * tanh(x / c).
     mask: bool, True = may attend; broadcasts to (b, h, s_q, s_k).
-    bias: float, added to the scaled, soft-capped scores; broadcasts to (b, h, s_q, s_k) and is never expanded.
+    bias: float, added to the scaled, soft-capped scores; broadcasts to (b, h, s_q, s_k) and is never expanded. Or a
+        `RelativeBias`, T5's by distance, whose gradient goes to its table.
     alibi_slopes: (h,) or (b, h); adds -slope * |i + s_k - s_q - j| (Press et al. 2021, arXiv:2108.12409).
     sink: (h,), a logit that joins the softmax's denominator only.
     kv_lengths: (b,) int32 or int64; keys at and after the length are hidden.
@@ -101,7 +103,7 @@ def attention_weights(
     scale: float | None = None,
     softcap: float = 0.0,
     mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     kv_lengths: Tensor | None = None,

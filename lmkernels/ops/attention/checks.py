@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, check_finite, check_number, check_same_or_wider
+from ..relative_bias import RelativeBias
 
 
 def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
@@ -175,6 +176,9 @@ def check_features(
     """
     if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
         return None, None, None, None, None
+    relative = bias if isinstance(bias, RelativeBias) else None
+    if relative is not None:
+        bias = relative.table
     for name, x in (
         ("mask", mask),
         ("bias", bias),
@@ -192,7 +196,12 @@ def check_features(
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool (True = may attend), got {mask.dtype}; pass floats as bias")
         mask = check_broadcast("mask", mask, b, h, s_q, s_k, lengths)
-    if bias is not None:
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if relative is not None:
+        if check_same_or_wider("bias", bias, q).shape[1] != h:
+            raise ValueError(f"bias must have a table (num_buckets, h) with h = {h}, got {tuple(bias.shape)}")
+        bias = relative.by_distance(s_q, s_k, acc)
+    elif bias is not None:
         bias = check_broadcast("bias", check_same_or_wider("bias", bias, q), b, h, s_q, s_k, lengths)
     if alibi_slopes is not None:
         check_same_or_wider("alibi_slopes", alibi_slopes, q)
@@ -215,7 +224,6 @@ def check_features(
                     f"kv_lengths must lie between 0 and {lengths[1]} = {s_k}, got values from {low} to {high}"
                 )
         kv_lengths = kv_lengths.to(torch.int32).contiguous()
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(acc).contiguous()
     if sink is not None:

@@ -29,6 +29,17 @@ def visible_keys(s_q: int, s_k: int, left: int, right: int, offset: int | Tensor
     return visible
 
 
+def expanded(bias: Tensor, s_q: int, s_k: int, offset) -> Tensor:
+    """A bias by distance (1, h, 1, s_q + s_k), as of `RelativeBias`, for every query and key: (1 or b, h, s_q, s_k).
+
+    offset: int, or (b, 1, 1, 1) of sequences shorter than s_q and s_k; what lies beyond them is anything.
+    """
+    i, j = torch.arange(s_q, device=bias.device)[:, None], torch.arange(s_k, device=bias.device)
+    place = (j - i - offset + s_k).clamp(0, s_q + s_k - 1)  # (s_q, s_k) or (b, 1, s_q, s_k)
+    by_head = bias[0, :, 0]  # (h, s_q + s_k)
+    return by_head[:, place][None] if place.dim() == 2 else by_head[:, place[:, 0]].transpose(0, 1)
+
+
 def scores_and_visible(
     q: Tensor,
     k: Tensor,
@@ -56,7 +67,7 @@ def scores_and_visible(
         distance = (diagonal - torch.arange(s_k, device=q.device)).abs().to(acc)  # (..., s_q, s_k)
         scores = scores - alibi_slopes.to(acc).reshape(-1, h, 1, 1) * distance
     if bias is not None:
-        scores = scores + bias.to(acc)
+        scores = scores + (bias if bias.shape[-1] in (1, s_k) else expanded(bias, s_q, s_k, offset)).to(acc)
     visible = scores != float("-inf")
     if mask is not None:
         visible = visible & mask

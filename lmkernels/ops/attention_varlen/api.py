@@ -20,6 +20,7 @@ from ..attention.checks import (
     check_window,
     seed_tensor,
 )
+from ..relative_bias import RelativeBias
 from . import native, reference
 
 BACKENDS = {"native": native, "reference": reference}
@@ -41,7 +42,7 @@ def attention_varlen(
     scale: float | None = None,
     softcap: float = 0.0,
     mask: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     kv_lengths: Tensor | None = None,
@@ -64,7 +65,7 @@ def attention_varlen(
     Each sequence gets what `attention` gives it with the same options. In them, s_q and s_k are its own lengths, hence
     causal and window are aligned to its own end, and i and j count from its own beginning:
     mask, bias: broadcast to (b, h, max_seqlen_q, max_seqlen_k), those of the padded batch; a sequence reads the upper
-        left corner [:s_q, :s_k].
+        left corner [:s_q, :s_k]. bias may be a `RelativeBias` too.
     alibi_slopes: (h,) or (b, h). sink: (h,). kv_lengths: (b,), how many keys of each sequence are visible.
     causal, window, scale, softcap, dropout_p, seed, deterministic, backend: as in `attention`. Dropout drops what it
         drops in the padded batch.
