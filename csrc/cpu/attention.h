@@ -84,9 +84,10 @@ struct AttentionKernels {
   int64_t key_block;               // keys of one block of the backward
   int64_t dbias_rows, dbias_keys;  // of one task of the bias' gradient
 
-  // A task is a share of a key head's query rows. Results do not depend on the share.
+  // A task is a share of a key head's query rows. Results do not depend on the share. next, or null, is what this
+  // thread will probably run then: its rows are fetched meanwhile.
   int64_t (*fwd_scratch)(const AttentionArgs&);  // bytes
-  void (*fwd)(const AttentionArgs&, const AttentionTask&, void* scratch);
+  void (*fwd)(const AttentionArgs&, const AttentionTask&, const AttentionTask* next, void* scratch);
 
   // Few rows and many keys: a task is a share of the keys. Finish is called once per key head, with part 0.
   int64_t (*split_scratch)(const AttentionArgs&);

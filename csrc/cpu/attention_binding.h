@@ -223,8 +223,10 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
   }
   a.sequence = sequences.data();
   a.most_rows = most_share;
-  run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops,
-            [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], scratch); });
+  run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops, [&](int64_t i, void* scratch) {
+    const size_t next = size_t(i) + size_t(torch::stable::get_num_threads());
+    kernels.fwd(a, tasks[i], next < tasks.size() ? &tasks[next] : nullptr, scratch);
+  });
   if (splits.empty()) return;
   const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   Tensor partial = torch::stable::new_empty(lse, {split_rows * state});
