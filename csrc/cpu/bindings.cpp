@@ -88,8 +88,9 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 
 #include "attention_binding.h"
 #include "linear_binding.h"
-// after linear_binding.h, whose functions it uses
+// after linear_binding.h, whose functions they use
 #include "qkv_projection_binding.h"
+#include "skinny_binding.h"
 #include "attention_varlen_binding.h"
 #include "indices_binding.h"
 #include "embed_binding.h"

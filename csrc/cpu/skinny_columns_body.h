@@ -1,0 +1,148 @@
+// Weights (depth, cols) with contiguous columns, as GPT-2's checkpoints keep them: sums of rows. Included by
+// skinny_body.h.
+//
+// A sum runs along 32 rows of the weight and then joins those before it. Columns are taken in panels of kColumnVecs
+// vectors, so that a task reads each of the 32 rows in one run.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+constexpr int64_t kColumnDepth = 32;
+
+// Walks along rows of the weight, part by part, to fetch them.
+template <class Elem>
+struct RowWalk {
+  const Elem* p;
+  int64_t left, parts;    // parts of this row that are still to come, of so many
+  int64_t part, to_next;  // elements of a part, and from the end of a row to the next
+  void fetch() {
+    for (int64_t i = 0; i < part; i += 64 / sizeof(Elem)) fetch_to_l2(p + i);
+    p += part;
+    if (--left == 0) p += to_next, left = parts;
+  }
+};
+
+template <class M>
+struct ColumnTile {
+  const typename M::X* x;
+  const typename M::Elem* w;
+  int64_t x_row, w_row;
+  int64_t depth;
+  typename M::Acc* sums;  // (rows, sums_row)
+  int64_t sums_row;
+};
+
+// sums[row][:] += x[row] * w, for a panel of columns; fetches as much as it reads.
+template <class M, int kRows, bool kFetch>
+[[gnu::noinline]] void column_tile(const ColumnTile<M>& t, RowWalk<typename M::Elem>& ahead) {
+  using V = typename M::V;
+  constexpr int kLanes = V::kLanes;
+  V acc[kRows][kColumnVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumnVecs; ++c) acc[r][c] = V::zero();
+  const typename M::X* x = t.x;
+  const typename M::Elem* w = t.w;
+  const int64_t x_row = t.x_row, w_row = t.w_row;
+  RowWalk<typename M::Elem> walk = ahead;
+  walk.part = kColumnVecs * kLanes;
+  for (int64_t k = t.depth; k > 0; k -= M::kPack) {
+    if constexpr (kFetch)
+#pragma GCC unroll 2
+      for (int d = 0; d < M::kPack; ++d) walk.fetch();
+    typename M::W wv[kColumnVecs];
+    M::load_columns(w, w_row, wv);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename M::W xv = M::broadcast_x(x + r * x_row);
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumnVecs; ++c) acc[r][c] = M::dot(acc[r][c], wv[c], xv);
+    }
+    x += M::kPack, w += M::kPack * w_row;
+  }
+  if constexpr (kFetch) ahead = walk;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumnVecs; ++c) {
+      typename M::Acc* p = t.sums + r * t.sums_row + c * kLanes;
+      const V joined = V::load(p) + acc[r][c];
+      joined.store(p);
+    }
+}
+
+template <class M, bool kFetch>
+void column_rows(int64_t rows, const ColumnTile<M>& t, RowWalk<typename M::Elem>& ahead) {
+  switch (rows) {
+    case 1:
+      return column_tile<M, 1, kFetch>(t, ahead);
+    case 2:
+      return column_tile<M, 2, kFetch>(t, ahead);
+    case 3:
+      return column_tile<M, 3, kFetch>(t, ahead);
+    case 4:
+      return column_tile<M, 4, kFetch>(t, ahead);
+    case 5:
+      return column_tile<M, 5, kFetch>(t, ahead);
+    case 6:
+      return column_tile<M, 6, kFetch>(t, ahead);
+  }
+}
+
+template <class M>
+int64_t columns_scratch(const SkinnyArgs& a, int64_t cols) {
+  constexpr int64_t kPanel = kColumnVecs * M::V::kLanes;
+  return a.rows * round_up(cols, kPanel) * int64_t(sizeof(typename M::Acc)) +
+         kColumnDepth * kPanel * int64_t(sizeof(typename M::Elem));
+}
+
+template <class M>
+void run_columns(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
+  using T = typename M::Acc;
+  using Elem = typename M::Elem;
+  constexpr int64_t kPanel = kColumnVecs * M::V::kLanes;
+  const int64_t ld = round_up(cols, kPanel), tiles = (a.rows + kColumnRows - 1) / kColumnRows;
+  T* sums = static_cast<T*>(scratch);
+  Elem* padded = reinterpret_cast<Elem*>(sums + a.rows * ld);
+  const Elem* weight = static_cast<const Elem*>(a.weight) + first;
+  for (int64_t i = 0; i < a.rows * ld; ++i) sums[i] = T(0);
+  for (int64_t k = 0; k < a.depth; k += kColumnDepth) {
+    const int64_t depth = a.depth - k < kColumnDepth ? a.depth - k : kColumnDepth;
+    // the next block of rows, each in one run
+    RowWalk<Elem> ahead{weight + (k + kColumnDepth) * a.weight_row, ld / kPanel, ld / kPanel, kPanel,
+                        a.weight_row - ld};
+    for (int64_t c = 0; c < cols; c += kPanel) {
+      ColumnTile<M> t{static_cast<const typename M::X*>(a.packed) + k,
+                      weight + k * a.weight_row + c,
+                      a.packed_row,
+                      a.weight_row,
+                      depth,
+                      sums + c,
+                      ld};
+      if (c + kPanel > cols || depth % M::kPack) {  // zeros where there is no weight
+        for (int64_t d = 0; d < round_up(depth, M::kPack); ++d)
+          for (int64_t i = 0; i < kPanel; ++i)
+            padded[d * kPanel + i] = d < depth && c + i < cols ? t.w[d * t.w_row + i] : Elem(0);
+        t.w = padded, t.w_row = kPanel;
+      }
+      for (int64_t i = 0, r = 0; i < tiles; ++i) {
+        const int64_t rows = (a.rows - r + tiles - i - 1) / (tiles - i);
+        if (i == 0)
+          column_rows<M, true>(rows, t, ahead);
+        else
+          column_rows<M, false>(rows, t, ahead);
+        r += rows, t.x += rows * t.x_row, t.sums += rows * ld;
+      }
+    }
+  }
+  for (int64_t r = 0; r < a.rows; ++r) {
+    M::order_columns(sums + r * ld, ld);
+    finish_row(a.epilogue, r, first, cols, sums + r * ld);
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk

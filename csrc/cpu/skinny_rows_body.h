@@ -1,0 +1,185 @@
+// Weights (cols, depth) with contiguous depth: dot products of rows. Included by skinny_body.h.
+//
+// A sum is one vector that runs along the whole depth, and the tree that adds its lanes. Blocks of the depth, which
+// keep weights and x in the L1 cache while more rows than one tile holds pass by, only store and reload it.
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+// out (4,): the sums of the lanes of a, b, c and d
+template <class T>
+void reduce_four(const Vec<T> (&v)[4], T* out) {
+#if LMK_LANES == 16
+  if constexpr (sizeof(T) == 4) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0].v, v[1].v), _mm512_unpackhi_ps(v[0].v, v[1].v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2].v, v[3].v), _mm512_unpackhi_ps(v[2].v, v[3].v));
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    return;
+  }
+#elif LMK_LANES == 8
+  if constexpr (sizeof(T) == 4) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(v[0].v, v[1].v), _mm256_unpackhi_ps(v[0].v, v[1].v));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(v[2].v, v[3].v), _mm256_unpackhi_ps(v[2].v, v[3].v));
+    const __m256 four = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
+}
+
+template <class M>
+struct DotTile {
+  const typename M::X* x;
+  const typename M::Elem* w;
+  int64_t x_row, w_row;
+  int64_t steps;          // registers of depth
+  typename M::Acc* sums;  // (rows, kDotCols) vectors, between blocks of the depth
+  typename M::Acc* product;
+  int64_t product_row;
+  bool first, last;               // block of the depth
+  const typename M::Elem* fetch;  // weights to fetch meanwhile
+};
+
+// product[row][col] = x[row] * w[col]
+template <class M, int kRows, int kCols, int kFetch>
+[[gnu::noinline]] void dot_tile(const DotTile<M>& t) {
+  using V = typename M::V;
+  constexpr int kLanes = V::kLanes;
+  V acc[kRows][kCols];
+  if (t.first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) acc[r][c] = V::zero();
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) acc[r][c] = V::load(t.sums + (r * kDotCols + c) * kLanes);
+  }
+  const typename M::X* x = t.x;
+  const typename M::Elem *w = t.w, *fetch = t.fetch;
+  const int64_t x_row = t.x_row, w_row = t.w_row;
+  for (int64_t s = t.steps; s > 0; --s) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kFetch; ++c) fetch_to_l2(fetch + c * w_row);
+    typename M::W wv[kCols];
+#pragma GCC unroll 8
+    for (int c = 0; c < kCols; ++c) wv[c] = M::load(w + c * w_row);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const typename M::W xv = M::load_x(x + r * x_row);
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) acc[r][c] = M::dot(acc[r][c], wv[c], xv);
+    }
+    x += M::kDepth, w += M::kDepth, fetch += M::kDepth;
+  }
+  if (t.last) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      V four[4];
+#pragma GCC unroll 8
+      for (int c = 0; c < 4; ++c) four[c] = c < kCols ? acc[r][c < kCols ? c : 0] : V::zero();
+      reduce_four(four, t.product + r * t.product_row);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) acc[r][c].store(t.sums + (r * kDotCols + c) * kLanes);
+  }
+}
+
+template <class M, int kCols, int kFetch>
+void dot_rows(int64_t rows, const DotTile<M>& t) {
+  switch (rows) {
+    case 1:
+      return dot_tile<M, 1, kCols, kFetch>(t);
+    case 2:
+      return dot_tile<M, 2, kCols, kFetch>(t);
+    case 3:
+      return dot_tile<M, 3, kCols, kFetch>(t);
+#if LMK_LANES == 16
+    case 4:
+      return dot_tile<M, 4, kCols, kFetch>(t);
+    case 5:
+      return dot_tile<M, 5, kCols, kFetch>(t);
+    case 6:
+      return dot_tile<M, 6, kCols, kFetch>(t);
+#endif
+  }
+}
+
+// All rows of x with one block of the depth of kCols rows of the weight. The tiles share the fetching of the weights
+// that come kDotCols rows later.
+template <class M, int kCols>
+void dot_block(const SkinnyArgs& a, DotTile<M> t) {
+  const int64_t tiles = (a.rows + kDotRows - 1) / kDotRows;
+  t.fetch = t.w + kDotCols * t.w_row;
+  for (int64_t i = 0, r = 0, fetched = kCols < kDotCols ? kDotCols : 0; i < tiles; ++i) {
+    const int64_t rows = (a.rows - r + tiles - i - 1) / (tiles - i);
+    const int64_t share = (kDotCols - fetched + tiles - i - 1) / (tiles - i);
+    if (share == 0)
+      dot_rows<M, kCols, 0>(rows, t);
+    else if (share == 1)
+      dot_rows<M, kCols, 1>(rows, t);
+    else if (share == 2)
+      dot_rows<M, kCols, 2>(rows, t);
+    else
+      dot_rows<M, kCols, 4>(rows, t);
+    r += rows, fetched += share;
+    t.x += rows * t.x_row;
+    t.sums += rows * kDotCols * M::V::kLanes;
+    t.product += rows * t.product_row;
+    t.fetch += share * t.w_row;
+  }
+}
+
+// product (rows, kCols) = x times kCols rows of the weight
+template <class M, int kCols>
+void dot_columns(const SkinnyArgs& a, const typename M::Elem* w, typename M::Acc* sums, typename M::Acc* product,
+                 int64_t product_row) {
+  constexpr int64_t kBlock = 2048 / sizeof(typename M::Elem);
+  const typename M::X* x = static_cast<const typename M::X*>(a.packed);
+  const int64_t whole = a.depth / M::kDepth * M::kDepth, block = a.rows <= kDotRows ? whole : kBlock;
+  DotTile<M> t{x, w, a.packed_row, a.weight_row, 0, sums, product, product_row, true, false, nullptr};
+  if (whole < a.depth || whole == 0) {  // the rest that fills no register comes first
+    typename M::Elem padded[kCols * M::kDepth] = {};
+    for (int c = 0; c < kCols; ++c)
+      for (int64_t k = whole; k < a.depth; ++k) padded[c * M::kDepth + k - whole] = w[c * a.weight_row + k];
+    t.x = x + whole, t.w = padded, t.w_row = M::kDepth, t.steps = whole < a.depth, t.last = whole == 0;
+    dot_block<M, kCols>(a, t);
+    t.w_row = a.weight_row, t.first = false;
+  }
+  for (int64_t k = 0; k < whole; k += block) {
+    const int64_t depth = whole - k < block ? whole - k : block;
+    t.x = x + k, t.w = w + k, t.steps = depth / M::kDepth, t.last = k + depth == whole;
+    dot_block<M, kCols>(a, t);
+    t.first = false;
+  }
+}
+
+template <class M>
+int64_t rows_scratch(const SkinnyArgs& a, int64_t cols) {
+  return a.rows * (kDotCols * M::V::kLanes + round_up(cols, 16)) * int64_t(sizeof(typename M::Acc));
+}
+
+template <class M>
+void run_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
+  using T = typename M::Acc;
+  T *sums = static_cast<T*>(scratch), *product = sums + a.rows * kDotCols * M::V::kLanes;
+  const int64_t ld = round_up(cols, 16);  // a tile writes kDotCols columns always
+  const typename M::Elem* w = static_cast<const typename M::Elem*>(a.weight) + first * a.weight_row;
+  int64_t c = 0;
+  for (; c + kDotCols <= cols; c += kDotCols) dot_columns<M, kDotCols>(a, w + c * a.weight_row, sums, product + c, ld);
+  for (; c < cols; ++c) dot_columns<M, 1>(a, w + c * a.weight_row, sums, product + c, ld);
+  for (int64_t r = 0; r < a.rows; ++r) finish_row(a.epilogue, r, first, cols, product + r * ld);
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk
