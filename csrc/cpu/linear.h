@@ -43,12 +43,13 @@ struct ActivationArgs {
   void* dbias;               // (cols,) float or double: the sum of dpre over the rows, or null
 };
 
-// Gradients of HeadSplit's tensors, rotated back, as rows of the product.
+// Rows of the product that become the heads of HeadSplit's tensors, or gradients of these, rotated back, that become
+// rows.
 struct JoinArgs {
   DType dtype;
   int64_t rows;
-  HeadSplit split;  // of the gradients
-  void* out;        // (rows, (heads + 2 heads_kv) head_dim)
+  HeadSplit split;
+  void* product;  // (rows, (heads + 2 heads_kv) head_dim)
 };
 
 struct LinearKernels {
@@ -56,6 +57,7 @@ struct LinearKernels {
   int64_t (*scratch)(const LinearArgs&);                           // bytes
   void (*matmul)(const LinearArgs&, int64_t task, void* scratch);  // row blocks times column blocks, columns first
   void (*activation)(const ActivationArgs&, int64_t task);         // ceil(cols / kActivationCols)
+  void (*split)(const JoinArgs&, int64_t task);                    // rows
   void (*join)(const JoinArgs&, int64_t task);                     // rows
 };
 

@@ -75,12 +75,23 @@ lmk::LinearArgs product_args(const Tensor& x, const Tensor& weight) {
   return a;
 }
 
+Tensor skinny_linear_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& residual, int64_t activation);
+
+// Up to so many rows it is faster to read each weight once, where it lies, than to pack it.
+bool is_skinny(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kMostRows = 16;
+  return x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type();
+}
+
 // out = activation(x weight^T + bias) + residual and what the activation was applied to, where it is wanted. With a
 // gate, out = activation(gate) * (x weight^T + bias) + residual.
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias,
                                       const OptionalTensor& residual_, const OptionalTensor& gate, int64_t activation,
                                       bool need_pre) {
   check_weight(x_, weight_, bias);
+  if (is_skinny(x_, weight_) && !need_pre && !gate)
+    return {skinny_linear_fwd(x_, weight_, bias, residual_, activation), torch::stable::new_empty(x_, {0, 0})};
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
   lmk::LinearArgs a = product_args(x, weight);
   const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;

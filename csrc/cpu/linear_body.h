@@ -136,22 +136,23 @@ void activation_task(const ActivationArgs& a, int64_t task) {
     for (int64_t i = 0; i < n; ++i) static_cast<T*>(a.dbias)[col + i] = T(total[i]);
 }
 
-template <class T>
-void join_row(const JoinArgs& a, int64_t row) {
+// One row; kJoin: from the heads to the product.
+template <class T, bool kJoin>
+void move_row(const JoinArgs& a, int64_t row) {
   const HeadSplit& s = a.split;
-  const int64_t heads = s.heads + 2 * s.heads_kv, size = element_size(a.dtype);
+  const int64_t heads = s.heads + 2 * s.heads_kv, size = element_size(a.dtype), bytes = s.head_dim * size;
   constexpr int64_t kLargest = 1024;
   T x[kLargest];
-  char* out = static_cast<char*>(a.out) + row * heads * s.head_dim * size;
-  for (int64_t head = 0; head < heads; ++head, out += s.head_dim * size) {
-    const char* in = head_data(s, a.dtype, row, head);
+  char* product = static_cast<char*>(a.product) + row * heads * bytes;
+  for (int64_t head = 0; head < heads; ++head, product += bytes) {
+    char* own = head_data(s, a.dtype, row, head);
+    char *const to = kJoin ? product : own, *const from = kJoin ? own : product;
     if (s.cos && head < s.heads + s.heads_kv) {
-      load_row(a.dtype, in, s.rotated, x);
-      rotate_head(s, position_of(s, row), T(-1), x);
-      store_row(a.dtype, x, s.rotated, out);
-      memcpy(out + s.rotated * size, in + s.rotated * size, (s.head_dim - s.rotated) * size);
+      load_row(a.dtype, from, s.head_dim, x);
+      rotate_head(s, position_of(s, row), T(kJoin ? -1 : 1), x);
+      store_row(a.dtype, x, s.head_dim, to);
     } else {
-      memcpy(out, in, s.head_dim * size);
+      memcpy(to, from, bytes);
     }
   }
 }
@@ -159,7 +160,7 @@ void join_row(const JoinArgs& a, int64_t row) {
 template <class M>
 constexpr LinearKernels linear_of() {
   using T = typename M::Acc;
-  return {sizeof(T), linear_scratch<M>, linear_matmul<M>, activation_task<T>, join_row<T>};
+  return {sizeof(T), linear_scratch<M>, linear_matmul<M>, activation_task<T>, move_row<T, false>, move_row<T, true>};
 }
 
 // One row per DType, in its order.

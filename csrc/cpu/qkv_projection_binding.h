@@ -29,6 +29,14 @@ lmk::HeadSplit head_split(const Tensor& like, int64_t rows, int64_t seq, int64_t
   return s;
 }
 
+void run_rows(const lmk::JoinArgs& j, void (*move)(const lmk::JoinArgs&, int64_t)) {
+  constexpr int64_t kRows = 16;
+  const int64_t cols = (j.split.heads + 2 * j.split.heads_kv) * j.split.head_dim;
+  run_tasks((j.rows + kRows - 1) / kRows, 0, 4.0 * j.rows * cols, [&](int64_t task, void*) {
+    for (int64_t row = task * kRows; row < std::min(j.rows, (task + 1) * kRows); ++row) move(j, row);
+  });
+}
+
 // q (rows, heads, d), k and v (rows, heads_kv, d), q and k rotated where cos and sin are given.
 std::tuple<Tensor, Tensor, Tensor> qkv_projection_fwd(const Tensor& x_, const Tensor& weight_,
                                                       const OptionalTensor& bias, const OptionalTensor& cos,
@@ -47,6 +55,13 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_fwd(const Tensor& x_, const Te
   if (bias) a.end.bias = bias->const_data_ptr(), a.end.bias_dtype = dtype_of(*bias);
   a.split = head_split(x, a.rows, seq, heads, heads_kv, d, cos, sin, positions, interleaved);
   a.split.q = q.mutable_data_ptr(), a.split.k = k.mutable_data_ptr(), a.split.v = v.mutable_data_ptr();
+  if (is_skinny(x, weight)) {
+    const Tensor product = skinny_linear_fwd(x, weight, bias, {}, 0);
+    const lmk::JoinArgs j{a.compute, a.rows, a.split, const_cast<void*>(product.const_data_ptr())};
+    STD_TORCH_CHECK(d <= 1024, "heads have up to 1024 elements");
+    run_rows(j, lmk::linear_kernels(a.compute).split);
+    return {q, k, v};
+  }
   // what is rotated must not be torn apart: whole heads, and whole vectors too where heads are powers of two
   run_matmul(a, !cos ? 64 : 64 % d == 0 ? 64 : d);
   return {q, k, v};
@@ -79,12 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_bwd(const Tensor& dq_, const T
   j.split.q = const_cast<void*>(dq.const_data_ptr());
   j.split.k = const_cast<void*>(dk.const_data_ptr());
   j.split.v = const_cast<void*>(dv.const_data_ptr());
-  j.out = dout.mutable_data_ptr();
-  const lmk::LinearKernels& kernels = lmk::linear_kernels(j.dtype);
-  constexpr int64_t kRows = 16;
-  run_tasks((j.rows + kRows - 1) / kRows, 0, 4.0 * j.rows * cols, [&](int64_t task, void*) {
-    for (int64_t row = task * kRows; row < std::min(j.rows, (task + 1) * kRows); ++row) kernels.join(j, row);
-  });
+  j.product = dout.mutable_data_ptr();
+  run_rows(j, lmk::linear_kernels(j.dtype).join);
   Tensor dbias = bias_gradient(x, cols, need_dbias);
   if (need_dbias) {
     lmk::ActivationArgs p{};
