@@ -10,16 +10,22 @@ from torch import nn
 
 from ..generation import KVCache, generate
 from ..ops.attention import attention
+from ..ops.embed import embed
+from ..ops.linear import linear
+from ..ops.mlp import mlp
+from ..ops.output_projection import output_projection
+from ..ops.qkv_projection import qkv_projection
 from . import checkpoint
 from .outputs import CausalLMOutput
 
+# Hugging Face's names, and those of `mlp`
 ACTIVATIONS = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "tanh": "tanh",
 }
 
 SIZES = {
@@ -95,16 +101,15 @@ class GPT2Config:
 
 
 class Conv1D(nn.Module):
-    """y = x @ weight + bias with weight (d_in, d_out), the way GPT-2 checkpoints store it."""
+    """The weights of a linear layer as GPT-2 checkpoints store them: weight (d_in, d_out), bias (d_out,)."""
 
     def __init__(self, d_out: int, d_in: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_in, d_out))
         self.bias = nn.Parameter(torch.zeros(d_out))
 
-    def forward(self, x):
-        y = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)  # (b s, d_out)
-        return y.view(*x.shape[:-1], -1)
+    def parameters_of_linear(self):
+        return self.weight.t(), self.bias
 
 
 class GPT2Attention(nn.Module):
@@ -118,14 +123,15 @@ class GPT2Attention(nn.Module):
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, mask, cache):
-        b, s, d_model = x.shape
-        q, k, v = self.c_attn(x).view(b, s, 3, self.n_head, -1).unbind(2)  # (b, s, h, d) each
+    def forward(self, x, residual, mask, cache):
+        q, k, v = qkv_projection(x, *self.c_attn.parameters_of_linear(), num_heads=self.n_head)  # (b, s, h, d) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (b, s_k, h, d) each
         dropout_p = self.attn_pdrop if self.training else 0.0
         out = attention(q, k, v, causal=True, scale=self.scale, mask=mask, dropout_p=dropout_p)  # (b, s, h, d)
-        return self.resid_dropout(self.c_proj(out.reshape(b, s, d_model)))
+        if self.training and self.resid_dropout.p > 0:
+            return residual + self.resid_dropout(output_projection(out, *self.c_proj.parameters_of_linear()))
+        return output_projection(out, *self.c_proj.parameters_of_linear(), residual=residual)
 
 
 class GPT2MLP(nn.Module):
@@ -137,8 +143,11 @@ class GPT2MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+    def forward(self, x, residual):
+        weights = (*self.c_fc.parameters_of_linear(), *self.c_proj.parameters_of_linear())
+        if self.training and self.dropout.p > 0:
+            return residual + self.dropout(mlp(x, *weights, activation=self.activation))
+        return mlp(x, *weights, activation=self.activation, residual=residual)
 
 
 class GPT2Block(nn.Module):
@@ -150,8 +159,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x, mask, cache):
-        x = x + self.attn(self.ln_1(x), mask, cache)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attn(self.ln_1(x), x, mask, cache)
+        return self.mlp(self.ln_2(x), x)
 
 
 class GPT2Model(nn.Module):
@@ -178,7 +187,8 @@ class GPT2Model(nn.Module):
                     f"attention_mask must be (b, s_k) = {(b, past + s)}, got {tuple(attention_mask.shape)}"
                 )
             mask = attention_mask.bool().view(b, 1, 1, past + s)
-        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))  # (b, s, d_model)
+        x = embed(input_ids, self.wte.weight, position_table=self.wpe.weight, positions=position_ids)
+        x = self.drop(x)  # (b, s, d_model)
         for block in self.h:
             x = block(x, mask, cache)
         if cache is not None:
@@ -254,7 +264,7 @@ class GPT2LMHeadModel(nn.Module):
         """
         past_key_values = self._check(input_ids, past_key_values, position_ids, labels, use_cache, logits_to_keep)
         x = self.transformer(input_ids, past_key_values, attention_mask, position_ids)  # (b, s, d_model)
-        logits = self.lm_head(x[:, -logits_to_keep:])  # (b, s, vocab)
+        logits = linear(x[:, -logits_to_keep:], self.lm_head.weight)  # (b, s, vocab)
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
 
