@@ -11,6 +11,7 @@ from .ops.positions import add_positions, alibi_slopes, sinusoidal
 from .ops.qkv_projection import qkv_projection
 from .ops.relative_bias import RelativeBias, relative_bias
 from .ops.rotary import rotary, rotary_tables
+from .ops.norms import layer_norm, rms_norm
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,11 @@ __all__ = [
     "scaled_dot_product_attention",
     "sinusoidal",
     "swiglu_mlp",
+    "attention",
+    "attention_weights",
+    "backends",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "scaled_dot_product_attention",
 ]

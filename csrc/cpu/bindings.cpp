@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "dtypes.h"
 #include "isa.h"
@@ -89,6 +90,8 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "attention_binding.h"
 #include "linear_binding.h"
 // after linear_binding.h, whose functions they use
+#include "norms_binding.h"
+// after linear_binding.h, whose functions it uses
 #include "qkv_projection_binding.h"
 #include "skinny_binding.h"
 #include "attention_varlen_binding.h"

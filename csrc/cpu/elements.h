@@ -48,8 +48,15 @@ inline Vec<float> load_vec(const Bf16* p) {
 inline Vec<float> load_vec(const F16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Rounds as to_bf16 does. vcvtneps2bf16 would turn subnormals into zeros.
+// Rounds as to_bf16 does, whose way subnormals always take: vcvtneps2bf16 would turn them into zeros.
 inline void store_vec(Vec<float> x, Bf16* p) {
+#if LMK_BF16_DOT
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(x.v, kSubnormal) == 0, 1)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)));
+    return;
+  }
+#endif
   const __m512i bits = _mm512_castps_si512(x.v),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -99,6 +106,20 @@ inline void store_vec(Vec<float> x, E* p) {
   for (int i = 0; i < Vec<float>::kLanes; ++i) narrow(lanes[i], p + i);
 }
 
+#endif
+
+// Two vectors of neighbours in any order, for sums: bfloat16 needs no shuffle for that.
+template <class E>
+inline void load_pair(const E* p, Vec<Acc<E>>& a, Vec<Acc<E>>& b) {
+  a = load_vec(p);
+  b = load_vec(p + Vec<Acc<E>>::kLanes);
+}
+#if LMK_LANES == 16
+inline void load_pair(const Bf16* p, Vec<float>& a, Vec<float>& b) {
+  const __m512i bits = _mm512_loadu_si512(p);
+  a = {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+  b = {_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)))};
+}
 #endif
 
 }  // namespace

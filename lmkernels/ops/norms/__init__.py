@@ -1,0 +1,3 @@
+from .api import layer_norm, rms_norm
+
+__all__ = ["layer_norm", "rms_norm"]
