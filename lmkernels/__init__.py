@@ -6,12 +6,12 @@ from .ops.attention_varlen import attention_varlen
 from .ops.embed import embed
 from .ops.linear import linear
 from .ops.mlp import mlp, swiglu_mlp
+from .ops.norms import layer_norm, rms_norm
 from .ops.output_projection import output_projection
 from .ops.positions import add_positions, alibi_slopes, sinusoidal
 from .ops.qkv_projection import qkv_projection
 from .ops.relative_bias import RelativeBias, relative_bias
 from .ops.rotary import rotary, rotary_tables
-from .ops.norms import layer_norm, rms_norm
 
 __version__ = "0.1.0"
 
@@ -24,21 +24,16 @@ __all__ = [
     "attention_weights",
     "backends",
     "embed",
+    "layer_norm",
     "linear",
     "mlp",
     "output_projection",
     "qkv_projection",
     "relative_bias",
+    "rms_norm",
     "rotary",
     "rotary_tables",
     "scaled_dot_product_attention",
     "sinusoidal",
     "swiglu_mlp",
-    "attention",
-    "attention_weights",
-    "backends",
-    "layer_norm",
-    "linear",
-    "rms_norm",
-    "scaled_dot_product_attention",
 ]

@@ -13,6 +13,7 @@ from ..ops.attention import attention
 from ..ops.embed import embed
 from ..ops.linear import linear
 from ..ops.mlp import mlp
+from ..ops.norms import layer_norm
 from ..ops.output_projection import output_projection
 from ..ops.qkv_projection import qkv_projection
 from . import checkpoint
@@ -112,6 +113,10 @@ class Conv1D(nn.Module):
         return self.weight.t(), self.bias
 
 
+def normed(norm: nn.LayerNorm, x):
+    return layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
 class GPT2Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -159,8 +164,8 @@ class GPT2Block(nn.Module):
         self.mlp = GPT2MLP(config)
 
     def forward(self, x, mask, cache):
-        x = self.attn(self.ln_1(x), x, mask, cache)
-        return self.mlp(self.ln_2(x), x)
+        x = self.attn(normed(self.ln_1, x), x, mask, cache)
+        return self.mlp(normed(self.ln_2, x), x)
 
 
 class GPT2Model(nn.Module):
@@ -193,7 +198,7 @@ class GPT2Model(nn.Module):
             x = block(x, mask, cache)
         if cache is not None:
             cache.advance(s)
-        return self.ln_f(x)
+        return normed(self.ln_f, x)
 
 
 class GPT2LMHeadModel(nn.Module):
