@@ -163,16 +163,19 @@ void dot_columns(const SkinnyArgs& a, const typename M::Elem* w, typename M::Acc
   }
 }
 
+// Columns of a row of the product: a tile of the last column writes kDotCols too, and must not reach the next row.
+inline int64_t product_columns(int64_t cols) { return round_up(cols + kDotCols - 1, 16); }
+
 template <class M>
 int64_t rows_scratch(const SkinnyArgs& a, int64_t cols) {
-  return a.rows * (kDotCols * M::V::kLanes + round_up(cols, 16)) * int64_t(sizeof(typename M::Acc));
+  return a.rows * (kDotCols * M::V::kLanes + product_columns(cols)) * int64_t(sizeof(typename M::Acc));
 }
 
 template <class M>
 void run_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   using T = typename M::Acc;
   T *sums = static_cast<T*>(scratch), *product = sums + a.rows * kDotCols * M::V::kLanes;
-  const int64_t ld = round_up(cols, 16);  // a tile writes kDotCols columns always
+  const int64_t ld = product_columns(cols);
   const typename M::Elem* w = static_cast<const typename M::Elem*>(a.weight) + first * a.weight_row;
   int64_t c = 0;
   for (; c + kDotCols <= cols; c += kDotCols) dot_columns<M, kDotCols>(a, w + c * a.weight_row, sums, product + c, ld);
