@@ -96,7 +96,7 @@ struct AttentionKernels {
 
   // A task is every parts-th block of keys. Finish is called, with part 0, once per key head that has several tasks.
   int64_t (*bwd_scratch)(const AttentionArgs&);
-  void (*bwd)(const AttentionArgs&, const AttentionTask&, void* scratch);
+  void (*bwd)(const AttentionArgs&, const AttentionTask&, const AttentionTask* next, void* scratch);
   void (*bwd_finish)(const AttentionArgs&, const AttentionTask&);
 
   int64_t (*dbias_scratch)(const AttentionArgs&);

@@ -164,6 +164,12 @@ void add_tasks(int64_t sequence, int64_t heads_kv, int64_t parts, AttentionTasks
     for (int64_t part = parts; part-- > 0;) tasks.push_back({sequence, hk, part});
 }
 
+// The task that the thread of task i will probably run after it, or null: the threads take turns.
+const lmk::AttentionTask* next_task(const AttentionTasks& tasks, int64_t i) {
+  const size_t next = size_t(i) + size_t(torch::stable::get_num_threads());
+  return next < tasks.size() ? &tasks[next] : nullptr;
+}
+
 // How many queries and keys the sequences hold; packed tensors may have more.
 int64_t queries_of(const Sequences& sequences) {
   int64_t n = 0;
@@ -223,10 +229,8 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
   }
   a.sequence = sequences.data();
   a.most_rows = most_share;
-  run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops, [&](int64_t i, void* scratch) {
-    const size_t next = size_t(i) + size_t(torch::stable::get_num_threads());
-    kernels.fwd(a, tasks[i], next < tasks.size() ? &tasks[next] : nullptr, scratch);
-  });
+  run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops,
+            [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], next_task(tasks, i), scratch); });
   if (splits.empty()) return;
   const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   Tensor partial = torch::stable::new_empty(lse, {split_rows * state});
@@ -354,7 +358,7 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
   std::vector<double> ddistance_partial(need_ddistance ? tasks.size() * size_t(group * a.distances) : 0);
   a.ddistance_partial = need_ddistance ? ddistance_partial.data() : nullptr;
   run_tasks(int64_t(tasks.size()), kernels.bwd_scratch(a), flops,
-            [&](int64_t i, void* scratch) { kernels.bwd(a, tasks[i], scratch); });
+            [&](int64_t i, void* scratch) { kernels.bwd(a, tasks[i], next_task(tasks, i), scratch); });
   run_tasks(int64_t(finishes.size()), 0, 8.0 * double(partial_rows * wide),
             [&](int64_t i, void*) { kernels.bwd_finish(a, finishes[i]); });
   if (need_dslopes) {

@@ -67,9 +67,7 @@ T dot_rows(DType dtype, const void* x, const void* y, int64_t n) {
 // rowsum(dout * out) - dlse of one row
 template <class T>
 T delta_of(const AttentionArgs& a, const KeyHead& head, const Row& row) {
-  const int64_t at_out = query_number(a, head, row) * a.head_dim_v;
-  const void* out = static_cast<const char*>(a.out) + at_out * element_size(a.dtype);
-  const T delta = dot_rows<T>(a.dtype, out, query_row(a, a.dout, head, row), a.head_dim_v);
+  const T delta = dot_rows<T>(a.dtype, out_row(a, head, row), query_row(a, a.dout, head, row), a.head_dim_v);
   return a.dlse ? delta - static_cast<const T*>(a.dlse)[lse_number(a, head, row)] : delta;
 }
 
@@ -204,7 +202,7 @@ int64_t bwd_scratch(const AttentionArgs& a) {
 // The gradients of the block's rows against the block's keys: w.dq, w.dk and w.dv are added to.
 template <class M>
 void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
-               int64_t j0, int64_t block, double* dslopes, double* ddistance) {
+               int64_t j0, int64_t block, double* dslopes, double* ddistance, Ahead& ahead) {
   using T = typename M::Acc;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
@@ -215,6 +213,7 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
   T* dq = w.dq + first_row * w.q_wide;
   for (int64_t r0 = 0; r0 < n; r0 += kTileRows) {
     const int64_t count = n - r0 < kTileRows ? n - r0 : kTileRows;
+    for (int64_t r = 0; r < count; ++r) ahead.step(a);
     Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
     if (span.empty()) span = {all.begin, all.begin};
     if (!span.empty())
@@ -291,10 +290,11 @@ void store_query(const AttentionArgs& a, const KeyHead& head, int64_t r, T* sum)
 }
 
 template <class M>
-void bwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
+void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   using T = typename M::Acc;
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   BwdScratch<M> w = BwdScratch<M>::make(a, scratch);
+  Ahead ahead(a, next);
 
   if (head.parts > 1) w.dq = dq_part<T>(a, head, task.part, w.q_wide);
   memset(w.dq, 0, size_t(head.rows * w.q_wide) * sizeof(T));
@@ -331,7 +331,7 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
       for (int64_t i = packed; i < round_up(block, M::V::kLanes) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
       for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
         bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes,
-                     ddistance);
+                     ddistance, ahead);
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }

@@ -126,11 +126,14 @@ void finish_rows(const AttentionArgs& a, const KeyHead& head, const Row* rows, i
   for (int64_t r = 0; r < n; ++r) static_cast<T*>(a.lse)[lse_number(a, head, rows[r])] = T(top[r] + log[r]);
 }
 
+inline char* out_row(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  return static_cast<char*>(a.out) + query_number(a, head, row) * a.head_dim_v * element_size(a.dtype);
+}
+
 template <class T>
 void store_out(const AttentionArgs& a, const KeyHead& head, const Row& row, T* o, int64_t ld, T inverse) {
   for (int64_t c = 0; c < ld; ++c) o[c] *= inverse;
-  const int64_t at_out = query_number(a, head, row) * a.head_dim_v;
-  store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at_out * element_size(a.dtype));
+  store_row(a.dtype, o, a.head_dim_v, out_row(a, head, row));
 }
 
 // The rows of x at positions of one key head: pointers for the pack functions.
@@ -157,7 +160,14 @@ class Ahead {
   void step(const AttentionArgs& a) {
     if (at_ >= end_) return;
     const int64_t bytes = a.head_dim * element_size(a.dtype), bytes_v = a.head_dim_v * element_size(a.dtype);
-    if (at_ < head_.seq_q) prefetch_row(query_row(a, a.q, head_, {head_.hk * head_.group, at_, 0, 0}), bytes);
+    if (at_ < head_.seq_q) {
+      const Row row{head_.hk * head_.group, at_, 0, 0};
+      prefetch_row(query_row(a, a.q, head_, row), bytes);
+      if (a.dq) {
+        prefetch_row(query_row(a, a.dout, head_, row), bytes_v);
+        prefetch_row(out_row(a, head_, row), bytes_v);
+      }
+    }
     if (at_ < head_.keys) {
       prefetch_row(key_row(a, a.k, head_, at_), bytes);
       prefetch_row(key_row(a, a.v, head_, at_), bytes_v);
@@ -229,13 +239,13 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
 }
 
 template <class M>
-void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next_task, void* scratch) {
+void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   using T = typename M::Acc;
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t first_row = task.part * head.share;
   const int64_t n = head.rows - first_row < head.share ? head.rows - first_row : head.share;
   const FwdScratch<M> w(a, scratch);
-  Ahead ahead(a, next_task);
+  Ahead ahead(a, next);
 
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
   for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
@@ -266,11 +276,11 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
     const int64_t padded = round_up(block, M::V::kLanes) / M::kPack * w.o_ld;
     for (int64_t i = packed; i < padded; ++i) w.v[i] = 0;
     // the next block comes into the L2 cache while this one is worked on, a few rows per group
-    const int64_t next = j0 + kFwdKeys, next_end = next + kFwdKeys < hi ? next + kFwdKeys : hi;
+    const int64_t following = j0 + kFwdKeys, end = following + kFwdKeys < hi ? following + kFwdKeys : hi;
     const int64_t per_group = (kFwdKeys * kFwdRows + n - 1) / n;
-    int64_t fetched = next;
+    int64_t fetched = following;
     for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
-      for (int64_t j = 0; j < per_group && fetched < next_end; ++j, ++fetched) {
+      for (int64_t j = 0; j < per_group && fetched < end; ++j, ++fetched) {
         prefetch_row(key_row(a, a.k, head, fetched), a.head_dim * element_size(a.dtype));
         prefetch_row(key_row(a, a.v, head, fetched), a.head_dim_v * element_size(a.dtype));
       }
