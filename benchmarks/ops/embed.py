@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ def eager(token_ids, token_table, position_table=None, type_ids=None, type_table
     return out if type_table is None else out + F.embedding(type_ids, type_table)
 
 
+@cache
 def wrong(case: cases.EmbedCase, dtype: torch.dtype) -> str | None:
     """Why the results of this case are wrong, or None: by the tests' rule."""
     inputs, tables = case.make(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -28,6 +29,7 @@ def eager(x, table, scale=1.0):
     return x * scale + table[: x.shape[1]]
 
 
+@cache
 def wrong(case: cases.EmbedCase, dtype: torch.dtype) -> str | None:
     """Why the results of this case are wrong, or None: by the tests' rule."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -42,6 +43,7 @@ def eager_tables(cos, sin, s, dtype, interleaved):
     return [t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1) for t in tables]
 
 
+@cache
 def wrong(case: cases.RotaryCase, dtype: torch.dtype) -> str | None:
     """Why the results of this case are wrong, or None: by the tests' rule."""
     tensors, options = case.make(dtype)

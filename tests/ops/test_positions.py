@@ -43,7 +43,7 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 
 def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "accurate or gradcheck")
+    rerun_on_isa(__file__, "(accurate or gradcheck) and native")
 
 
 @pytest.mark.parametrize("case", ["GPT-2", "positions of each token", "packed"])

@@ -112,7 +112,7 @@ def test_attention_is_as_accurate_as_plain_torch(shape, dtype, backend):
 
 
 def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "accurate")
+    rerun_on_isa(__file__, "accurate and native")
 
 
 def test_gradcheck_to_the_second_order(backend):

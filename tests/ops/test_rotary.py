@@ -54,7 +54,7 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 
 def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "accurate or gradcheck or beyond")
+    rerun_on_isa(__file__, "(accurate or gradcheck or beyond) and native")
 
 
 def test_a_rotation_is_one_of_complex_numbers(backend):
