@@ -10,12 +10,14 @@ from .ops.norms import layer_norm, rms_norm
 from .ops.output_projection import output_projection
 from .ops.positions import add_positions, alibi_slopes, sinusoidal
 from .ops.qkv_projection import qkv_projection
+from .ops.quantize_weight import QuantizedWeight, quantize_weight
 from .ops.relative_bias import RelativeBias, relative_bias
 from .ops.rotary import rotary, rotary_tables
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "QuantizedWeight",
     "RelativeBias",
     "add_positions",
     "alibi_slopes",
@@ -29,6 +31,7 @@ __all__ = [
     "mlp",
     "output_projection",
     "qkv_projection",
+    "quantize_weight",
     "relative_bias",
     "rms_norm",
     "rotary",

@@ -94,6 +94,7 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 // after linear_binding.h, whose functions it uses
 #include "qkv_projection_binding.h"
 #include "skinny_binding.h"
+#include "quantize_weight_binding.h"
 #include "attention_varlen_binding.h"
 #include "indices_binding.h"
 #include "embed_binding.h"

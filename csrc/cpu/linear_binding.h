@@ -75,10 +75,10 @@ lmk::LinearArgs product_args(const Tensor& x, const Tensor& weight) {
   return a;
 }
 
-Tensor skinny_linear_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                         const OptionalTensor& residual, int64_t activation);
+// In skinny_binding.h.
+void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epilogue);
 
-// Up to so many rows it is faster to read each weight once, where it lies, than to pack it.
+// Up to this many rows the reading of the weight, once, is what a product costs.
 bool is_skinny(const Tensor& x, const Tensor& weight) {
   constexpr int64_t kMostRows = 16;
   return x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type();
@@ -90,8 +90,6 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, c
                                       const OptionalTensor& residual_, const OptionalTensor& gate, int64_t activation,
                                       bool need_pre) {
   check_weight(x_, weight_, bias);
-  if (is_skinny(x_, weight_) && !need_pre && !gate)
-    return {skinny_linear_fwd(x_, weight_, bias, residual_, activation), torch::stable::new_empty(x_, {0, 0})};
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
   lmk::LinearArgs a = product_args(x, weight);
   const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
@@ -114,7 +112,10 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, c
   if (gate) a.end.gate = gate->const_data_ptr();
   if (bias) a.end.bias = bias->const_data_ptr(), a.end.bias_dtype = dtype_of(*bias);
   if (residual) a.end.residual = residual->const_data_ptr(), a.end.residual_row = residual->stride(0);
-  run_matmul(a);
+  if (is_skinny(x, weight))
+    run_skinny(dense_rows(x), weight, a.end);
+  else
+    run_matmul(a);
   return {out, pre};
 }
 

@@ -56,8 +56,10 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_fwd(const Tensor& x_, const Te
   a.split = head_split(x, a.rows, seq, heads, heads_kv, d, cos, sin, positions, interleaved);
   a.split.q = q.mutable_data_ptr(), a.split.k = k.mutable_data_ptr(), a.split.v = v.mutable_data_ptr();
   if (is_skinny(x, weight)) {
-    const Tensor product = skinny_linear_fwd(x, weight, bias, {}, 0);
-    const lmk::JoinArgs j{a.compute, a.rows, a.split, const_cast<void*>(product.const_data_ptr())};
+    Tensor product = torch::stable::new_empty(x, {a.rows, a.cols});
+    a.end.out = product.mutable_data_ptr(), a.end.out_row = a.cols;
+    run_skinny(dense_rows(x), weight, a.end);
+    const lmk::JoinArgs j{a.compute, a.rows, a.split, a.end.out};
     STD_TORCH_CHECK(d <= 1024, "heads have up to 1024 elements");
     run_rows(j, lmk::linear_kernels(a.compute).split);
     return {q, k, v};

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "fetch.h"
+
 #define LMK_BODY "skinny_body.h"
 #include "foreach_isa.h"
 

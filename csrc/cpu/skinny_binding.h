@@ -31,22 +31,17 @@ lmk::Epilogue epilogue_of(const Tensor& x, int64_t cols, const OptionalTensor& b
 // Reading memory costs a core as much as this many operations per byte, by the measure of run_tasks.
 constexpr double kFlopsPerByte = 2;
 
-// activation(x weight^T + bias) + residual
-Tensor skinny_linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias,
-                         const OptionalTensor& residual_, int64_t activation) {
-  check_weight(x_, weight_, bias);
-  STD_TORCH_CHECK(weight_.scalar_type() == x_.scalar_type(), "weight must have the dtype of x");
-  const Tensor x = dense_rows(x_), weight = dense_matrix(weight_);
-  const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
-  Tensor out = x;
+// The product of x (rows, depth), depth contiguous, with a weight of its dtype that is contiguous along either axis,
+// and what follows it.
+void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epilogue) {
   lmk::SkinnyArgs a{};
   a.dtype = dtype_of(x);
   a.rows = x.size(0), a.depth = x.size(1), a.cols = weight.size(0);
+  if (a.rows == 0 || a.cols == 0) return;
   a.x = x.const_data_ptr(), a.x_row = x.stride(0);
   a.transposed = weight.stride(1) != 1;
   a.weight = weight.const_data_ptr(), a.weight_row = weight.stride(a.transposed ? 1 : 0);
-  a.epilogue = epilogue_of(x, a.cols, bias, residual, activation, out);
-  if (out.numel() == 0) return out;
+  a.epilogue = epilogue;
 
   const lmk::SkinnyKernels& kernels = lmk::skinny_kernels(a.dtype);
   const int64_t unit = kernels.packed_unit;
@@ -73,6 +68,18 @@ Tensor skinny_linear_fwd(const Tensor& x_, const Tensor& weight_, const Optional
       (a.cols + cols - 1) / cols, kernels.scratch(a, cols),
       std::max(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * a.cols * column_bytes),
       [&](int64_t task, void* scratch) { kernels.run(a, task * cols, std::min(cols, a.cols - task * cols), scratch); });
+}
+
+// activation(x weight^T + bias) + residual
+Tensor skinny_linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias,
+                         const OptionalTensor& residual_, int64_t activation) {
+  check_weight(x_, weight_, bias);
+  STD_TORCH_CHECK(weight_.scalar_type() == x_.scalar_type(), "weight must have the dtype of x");
+  const Tensor x = dense_rows(x_), weight = dense_matrix(weight_);
+  const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
+  Tensor out = x;
+  const lmk::Epilogue epilogue = epilogue_of(x, weight.size(0), bias, residual, activation, out);
+  run_skinny(x, weight, epilogue);
   return out;
 }
 

@@ -36,10 +36,6 @@ inline Vec<float> load_f16(const uint16_t* p) {
 #endif
 }
 
-// Weights that are needed a few kilobytes later. To the L2 cache: the lines that are under way to L1 are few, and rows
-// that lie a multiple of 4096 bytes apart share its sets.
-inline void fetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 // Register tiles: rows of x by columns of the result where a weight's row is contiguous, rows by vectors of columns
 // where a column's neighbours are.
 #if LMK_LANES == 16

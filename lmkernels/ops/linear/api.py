@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast
+from ..quantize_weight.api import QuantizedWeight, quantized_linear
 from . import native, reference
 from .checks import check_activation, check_bias, check_residual, check_weight, check_x
 
@@ -16,7 +17,7 @@ BACKENDS = {"native": native, "reference": reference}
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
@@ -26,7 +27,8 @@ def linear(
     """activation(x weight^T + bias) + residual, in one pass over the result.
 
     x: (..., d_in)          float32, bfloat16, float16 or (on the CPU) float64
-    weight: (d_out, d_in)   either axis contiguous: the transpose of a (d_in, d_out) matrix is read as it lies
+    weight: (d_out, d_in)   either axis contiguous: the transpose of a (d_in, d_out) matrix is read as it lies;
+                            or a weight from `quantize_weight`, for inference
     bias: (d_out,)
     activation: "gelu", "gelu_tanh", "silu", "relu", "tanh" or None
     residual: (..., d_out)
@@ -40,6 +42,8 @@ def linear(
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """
     (x,) = autocast(x)
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias, activation, residual, backend)
     check_x(x)
     check_activation(activation)
     check_weight("weight", weight, x, x.shape[-1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from .. import _skinny  # noqa: F401
 
 # As enum class Activation numbers them.
 CODES = {name: code for code, name in enumerate((None, "gelu", "gelu_tanh", "silu", "relu", "tanh"))}

@@ -1,0 +1,59 @@
+// torch's side of linear layers with quantised weights. Included by bindings.cpp after skinny_binding.h.
+
+#include "quantize_weight.h"
+
+namespace {
+
+// activation(x weight^T + bias) + residual with a weight of (cols, depth) in `bits` bits; data and scales as in
+// quantize_weight.h.
+Tensor quantized_linear_fwd(const Tensor& x_, const Tensor& data, const Tensor& scales, int64_t cols, int64_t bits,
+                            const OptionalTensor& bias, const OptionalTensor& residual_, int64_t activation) {
+  const Tensor x = dense_rows(x_);
+  const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
+  STD_TORCH_CHECK(bits == 8 || bits == 4, "bits must be 8 or 4");
+  lmk::QuantizedArgs a{};
+  a.dtype = dtype_of(x);
+  STD_TORCH_CHECK(a.dtype != lmk::DType::f64, "x must be float32, bfloat16 or float16");
+  a.bits = int(bits);
+  a.rows = x.size(0), a.depth = x.size(1), a.cols = cols;
+  const auto blocks = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
+  const int64_t panels = blocks(cols, lmk::kPanelCols);
+  a.padded = blocks(a.depth, lmk::kWeightGroup) * lmk::kWeightGroup;
+  a.groups = blocks(a.padded, bits == 4 ? lmk::kWeightGroup : lmk::kByteGroup);
+  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous() && data.scalar_type() == ScalarType::Byte &&
+                      data.numel() == panels * lmk::kPanelCols * a.padded * bits / 8,
+                  "data must be contiguous uint8 of the weight's size");
+  STD_TORCH_CHECK(scales.is_cpu() && scales.is_contiguous() &&
+                      scales.scalar_type() == (bits == 4 ? ScalarType::BFloat16 : ScalarType::Float) &&
+                      scales.numel() == panels * lmk::kPanelCols * (bits == 4 ? a.groups : 1),
+                  "scales must be contiguous, float32 per column (8 bits) or bfloat16 per group (4 bits)");
+  a.x = x.const_data_ptr(), a.x_row = x.stride(0);
+  a.data = static_cast<const uint8_t*>(data.const_data_ptr());
+  a.scales = scales.const_data_ptr();
+  Tensor out = x;
+  a.epilogue = epilogue_of(x, cols, bias, residual, activation, out);
+  if (out.numel() == 0) return out;
+
+  const int64_t words = a.rows * a.padded / 2, starts = a.rows * a.groups * 2;
+  Tensor packed = torch::stable::new_empty(x, {words + starts + a.rows}, ScalarType::Int);
+  a.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
+  a.starts = reinterpret_cast<int32_t*>(a.words + words);
+  a.x_scales = reinterpret_cast<float*>(a.starts + starts);
+  const lmk::QuantizedKernels& kernels = lmk::quantized_kernels();
+  run_tasks(a.rows, kernels.pack_scratch(a), 8.0 * a.rows * a.padded,
+            [&](int64_t row, void* scratch) { kernels.pack_x(a, row, scratch); });
+
+  constexpr int64_t kTasks = 16, kLeastBytes = 32 * 1024, kRows = 64;
+  const int64_t panel_bytes = std::max<int64_t>(1, lmk::kPanelCols * a.padded * bits / 8);
+  a.rows_per_task = std::min(a.rows, kRows);
+  a.panels_per_task = std::max(blocks(panels, kTasks), blocks(kLeastBytes, panel_bytes));
+  a.panels_per_task = blocks(a.panels_per_task, kernels.tile_panels) * kernels.tile_panels;
+  const int64_t tasks = blocks(a.rows, a.rows_per_task) * blocks(panels, a.panels_per_task);
+  run_tasks(tasks, kernels.scratch(a), std::max<double>(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * data.numel()),
+            [&](int64_t task, void* scratch) { kernels.run(a, task, scratch); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lmkernels, CPU, m) { m.impl("quantized_linear_fwd", TORCH_BOX(&quantized_linear_fwd)); }

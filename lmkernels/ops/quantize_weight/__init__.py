@@ -1,0 +1,3 @@
+from .api import QuantizedWeight, quantize_weight
+
+__all__ = ["QuantizedWeight", "quantize_weight"]
