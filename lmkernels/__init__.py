@@ -2,6 +2,7 @@
 
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
+from .ops.attention_decode import attention_decode
 from .ops.attention_varlen import attention_varlen
 from .ops.embed import embed
 from .ops.linear import linear
@@ -22,6 +23,7 @@ __all__ = [
     "add_positions",
     "alibi_slopes",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "attention_weights",
     "backends",

@@ -99,3 +99,4 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "indices_binding.h"
 #include "embed_binding.h"
 #include "rotary_binding.h"
+#include "attention_decode_binding.h"

@@ -1,0 +1,3 @@
+from .api import attention_decode
+
+__all__ = ["attention_decode"]
