@@ -15,7 +15,7 @@ typedef int32_t I4 __attribute__((vector_size(16)));
 typedef double D2 __attribute__((vector_size(16)));
 typedef int64_t L2 __attribute__((vector_size(16)));
 
-template <class T, class Native, class NativeInt, class Int, int kN>
+template <class T, class Native, class NativeInt, int kN>
 struct GenericVec {
   static constexpr int kLanes = kN;
   Native v;
@@ -55,10 +55,12 @@ struct GenericVec {
   }
   // x * 2^n for integral n in [-126, 127] (float) or [-1022, 1023] (double)
   friend GenericVec scale_by_power(GenericVec x, GenericVec n) {
-    constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52;
-    constexpr int kBias = sizeof(T) == 4 ? 127 : 1023;
+    // n + magic holds n + the bias in its low bits, by which it becomes the exponent
+    const T magic = sizeof(T) == 4 ? T(12582912 + 127) : T(6755399441055744 + 1023);
+    const Native sum = n.v + set1(magic).v;
     NativeInt bits;
-    for (int i = 0; i < kN; ++i) bits[i] = (Int(n.v[i]) + kBias) << kMantissa;
+    memcpy(&bits, &sum, sizeof(bits));
+    bits <<= sizeof(T) == 4 ? 23 : 52;
     Native power;
     memcpy(&power, &bits, sizeof(power));
     return {x.v * power};
@@ -76,12 +78,12 @@ struct GenericVec {
 };
 
 template <>
-struct Vec<float> : GenericVec<float, F4, I4, int32_t, 4> {
+struct Vec<float> : GenericVec<float, F4, I4, 4> {
   Vec() = default;
   Vec(GenericVec g) : GenericVec(g) {}
 };
 template <>
-struct Vec<double> : GenericVec<double, D2, L2, int64_t, 2> {
+struct Vec<double> : GenericVec<double, D2, L2, 2> {
   Vec() = default;
   Vec(GenericVec g) : GenericVec(g) {}
 };

@@ -18,7 +18,7 @@ inline Vec<float> exp(Vec<float> x) {
 #if LMK_LANES == 16
   x = max(V::set1(-140.f), x);  // scalef gives 0; -inf - round(-inf) would be NaN
 #else
-  const V least = V::set1(-87.3365f), y = x;
+  const V least = V::set1(-87.33654f), y = x;  // ln of the least normal number
   x = max(least, x);
 #endif
   const V n = round_small(x * V::set1(float(kLog2e)));
@@ -40,7 +40,7 @@ inline Vec<float> exp(Vec<float> x) {
 // Degree 11 (1.8e-17 before rounding): 2 ulp.
 inline Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
-  const V least = V::set1(-708.0), y = x;
+  const V least = V::set1(-708.3964185322641), y = x;  // ln of the least normal number
   x = max(least, x);
   const V n = round_small(x * V::set1(kLog2e));
   const V r = fma(n, V::set1(-1.4286068203094172321e-6), fma(n, V::set1(-0.693145751953125), x));

@@ -1,0 +1,16 @@
+#include "micro.h"
+
+#include <cmath>
+#include <cstring>
+
+#define LMK_BODY "micro_body.h"
+#include "foreach_isa.h"
+
+namespace lmk {
+
+const Micro& micro(Isa isa) {
+  static constexpr const Micro* kTable[] = LMK_ISA_TABLE(kMicro);
+  return *kTable[static_cast<int>(isa)];
+}
+
+}  // namespace lmk
