@@ -92,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 // after linear_binding.h, whose functions they use
 #include "norms_binding.h"
 // after linear_binding.h, whose functions it uses
+#include "linear_cross_entropy_binding.h"
 #include "qkv_projection_binding.h"
 #include "skinny_binding.h"
 #include "quantize_weight_binding.h"

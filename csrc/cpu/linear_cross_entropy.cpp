@@ -1,0 +1,18 @@
+#include "linear_cross_entropy.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+
+#define LMK_BODY "linear_cross_entropy_body.h"
+#include "foreach_isa.h"
+
+namespace lmk {
+
+const LossKernels& loss_kernels(DType compute) {
+  static constexpr const LossKernels* kTable[] = LMK_ISA_TABLE(kLoss);
+  return kTable[static_cast<int>(isa())][static_cast<int>(compute)];
+}
+
+}  // namespace lmk
