@@ -6,6 +6,7 @@ from .ops.attention_decode import attention_decode
 from .ops.attention_varlen import attention_varlen
 from .ops.embed import embed
 from .ops.linear import linear
+from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp, swiglu_mlp
 from .ops.norms import layer_norm, rms_norm
 from .ops.output_projection import output_projection
@@ -30,6 +31,7 @@ __all__ = [
     "embed",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "mlp",
     "output_projection",
     "qkv_projection",

@@ -121,9 +121,9 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q_, Tensor k_cache, Te
                                             int64_t left, const OptionalTensor& alibi_slopes,
                                             const OptionalTensor& sink, OptionalTensor k_scale,
                                             OptionalTensor v_scale) {
-  const Tensor q = dense(q_);
-  const OptionalTensor k_new = k_new_ ? OptionalTensor(dense(*k_new_)) : k_new_;
-  const OptionalTensor v_new = v_new_ ? OptionalTensor(dense(*v_new_)) : v_new_;
+  const Tensor q = dense(q_, 4);
+  const OptionalTensor k_new = k_new_ ? OptionalTensor(dense(*k_new_, 4)) : k_new_;
+  const OptionalTensor v_new = v_new_ ? OptionalTensor(dense(*v_new_, 4)) : v_new_;
   lmk::DecodeArgs a = decode_args(q, k_cache, v_cache, kv_lengths, k_new, v_new, cos, sin, block_table, alibi_slopes,
                                   sink, k_scale, v_scale);
   a.interleaved = interleaved;

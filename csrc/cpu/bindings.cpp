@@ -87,17 +87,17 @@ ScalarType accumulator(const Tensor& q) {
 
 STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
+// what others use comes first
 #include "attention_binding.h"
-#include "linear_binding.h"
-// after linear_binding.h, whose functions they use
-#include "norms_binding.h"
-// after linear_binding.h, whose functions it uses
-#include "linear_cross_entropy_binding.h"
-#include "qkv_projection_binding.h"
-#include "skinny_binding.h"
-#include "quantize_weight_binding.h"
-#include "attention_varlen_binding.h"
 #include "indices_binding.h"
-#include "embed_binding.h"
-#include "rotary_binding.h"
+#include "linear_binding.h"
+#include "skinny_binding.h"
+
 #include "attention_decode_binding.h"
+#include "attention_varlen_binding.h"
+#include "embed_binding.h"
+#include "linear_cross_entropy_binding.h"
+#include "norms_binding.h"
+#include "qkv_projection_binding.h"
+#include "quantize_weight_binding.h"
+#include "rotary_binding.h"

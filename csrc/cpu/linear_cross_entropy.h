@@ -44,16 +44,16 @@ struct LossArgs {
 
 struct LossKernels {
   int64_t accumulator_size;
-  int64_t panel;                             // tokens side by side in a product: chunks are multiples
-  int64_t row_unit;                          // vocab_block is a multiple
-  int64_t split_unit;                        // split_rows is a multiple
-  int64_t (*shared)(const LossArgs&);        // bytes
-  int64_t (*scratch)(const LossArgs&);       // bytes
-  void (*pack)(const LossArgs&, int64_t task, void* scratch);     // panels of tokens
-  void (*logits)(const LossArgs&, int64_t task, void* scratch);   // blocks of the vocabulary
-  void (*loss)(const LossArgs&, int64_t task, void* scratch);     // panels
-  void (*dweight)(const LossArgs&, int64_t task, void* scratch);  // blocks; also dbias and what dhidden reads
-  void (*dhidden)(const LossArgs&, int64_t task, void* scratch);  // splits times column blocks, columns first
+  int64_t panel;                                               // tokens side by side in a product: chunks are multiples
+  int64_t row_unit;                                            // vocab_block is a multiple
+  int64_t split_unit;                                          // split_rows is a multiple
+  int64_t (*shared)(const LossArgs&);                          // bytes
+  int64_t (*scratch)(const LossArgs&);                         // bytes
+  void (*pack)(const LossArgs&, int64_t task, void* scratch);  // panels of tokens
+  void (*logits)(const LossArgs&, int64_t task, void* scratch);       // blocks of the vocabulary
+  void (*loss)(const LossArgs&, int64_t task, void* scratch);         // panels
+  void (*dweight)(const LossArgs&, int64_t task, void* scratch);      // blocks; also dbias and what dhidden reads
+  void (*dhidden)(const LossArgs&, int64_t task, void* scratch);      // splits times column blocks, columns first
   void (*dhidden_sum)(const LossArgs&, int64_t task, void* scratch);  // panels
 };
 

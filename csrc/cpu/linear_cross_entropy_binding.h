@@ -102,10 +102,12 @@ Tensor linear_cross_entropy_fwd(const Tensor& hidden_, const Tensor& weight_, co
 
 // The loss of each token, and the gradients of sum(scale * loss): loss, dhidden, dweight, dbias. dhidden and dbias are
 // float32 (float64 for float64); gradients not needed are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_bwd(
-    const Tensor& scale, const Tensor& hidden_, const Tensor& weight_, const OptionalTensor& bias, const Tensor& labels,
-    int64_t ignore_index, double softcap, double z_loss, double label_smoothing, bool need_dhidden, bool need_dweight,
-    bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& scale, const Tensor& hidden_,
+                                                                    const Tensor& weight_, const OptionalTensor& bias,
+                                                                    const Tensor& labels, int64_t ignore_index,
+                                                                    double softcap, double z_loss,
+                                                                    double label_smoothing, bool need_dhidden,
+                                                                    bool need_dweight, bool need_dbias) {
   const Tensor hidden = dense_rows(hidden_), weight = dense_matrix(weight_);
   lmk::LossArgs a = loss_args(hidden, weight, bias, labels, softcap, z_loss, label_smoothing);
   const ScalarType acc = accumulator(hidden);

@@ -3,7 +3,8 @@
 // The logits of a chunk of tokens are computed transposed: rows of the weight are read where they lie, and a panel of
 // tokens fills the vectors, so that maxima and sums over the vocabulary run along memory, without reductions inside a
 // vector. They are kept for a gradient only. Then the derivatives take their place, in the form in which dhidden's
-// product reads them: panels (panel, vocab, kPanel) or, for pairs of bfloat16, rows of kPanel pairs at every second row.
+// product reads them: panels (panel, vocab, kPanel) or, for pairs of bfloat16, rows of kPanel pairs at every second
+// row.
 
 #include "vec.h"
 #include "vecmath.h"
@@ -21,15 +22,16 @@ struct LossMemory {
   using E = typename M::Elem;
   using T = typename M::Acc;
   static constexpr int64_t kPanel = panel_of<M>();
-  int64_t tokens, vocab, blocks, width;     // rounded up: capacity, vocabulary, depth
-  int64_t column_elements, row_elements;    // packed depth of the two forms of hidden
-  E* columns;                               // (panels of tokens, column_elements, kPanel), for the logits
-  E* rows;                                  // (panels of depth, row_elements, kPanel), for dweight
-  T* logits;                                // (panels of tokens, vocab, kPanel)
-  T *largest, *sum, *total;                 // (blocks, tokens): maximum, sum of e^(logit - maximum), sum of logits
-  T* label_logit;                           // (tokens,)
-  T *shift, *factor, *constant, *on_label;  // (tokens,): dlogit = e^(logit - shift) factor - constant - on_label [label]
-  T* partial;                               // (splits, tokens, width)
+  int64_t tokens, vocab, blocks, width;   // rounded up: capacity, vocabulary, depth
+  int64_t column_elements, row_elements;  // packed depth of the two forms of hidden
+  E* columns;                             // (panels of tokens, column_elements, kPanel), for the logits
+  E* rows;                                // (panels of depth, row_elements, kPanel), for dweight
+  T* logits;                              // (panels of tokens, vocab, kPanel)
+  T *largest, *sum, *total;               // (blocks, tokens): maximum, sum of e^(logit - maximum), sum of logits
+  T* label_logit;                         // (tokens,)
+  T *shift, *factor, *constant,
+      *on_label;  // (tokens,): dlogit = e^(logit - shift) factor - constant - on_label [label]
+  T* partial;     // (splits, tokens, width)
 
   LossMemory(const LossArgs& a, Arena& arena) {
     tokens = round_up(a.capacity, kPanel);
@@ -97,8 +99,7 @@ void finish_logits(const LossArgs& a, const LossMemory<M>& m, int64_t block, int
   using V = typename M::V;
   constexpr int64_t kPanel = panel_of<M>(), kLanes = V::kLanes;
   T bias[kMatmulRows];
-  if (a.bias)
-    load_row(a.bias_dtype, static_cast<const char*>(a.bias) + row * element_size(a.bias_dtype), n, bias);
+  if (a.bias) load_row(a.bias_dtype, static_cast<const char*>(a.bias) + row * element_size(a.bias_dtype), n, bias);
   const bool capped = a.softcap > 0;
   const V cap = V::set1(T(a.softcap)), inverse = V::set1(capped ? T(1) / T(a.softcap) : T(0));
   const int64_t stats = block * m.tokens + token;
@@ -375,9 +376,18 @@ int64_t loss_scratch(const LossArgs& a) {
 
 template <class M>
 constexpr LossKernels loss_of() {
-  return {sizeof(typename M::Acc), panel_of<M>(),  kMatmulRows,     kMatmulDepth* M::kPack, loss_shared<M>,
-          loss_scratch<M>,         pack_task<M>,   logits_task<M>,  loss_task<M>,           dweight_task<M>,
-          dhidden_task<M>,         dhidden_sum_task<M>};
+  return {sizeof(typename M::Acc),
+          panel_of<M>(),
+          kMatmulRows,
+          kMatmulDepth * M::kPack,
+          loss_shared<M>,
+          loss_scratch<M>,
+          pack_task<M>,
+          logits_task<M>,
+          loss_task<M>,
+          dweight_task<M>,
+          dhidden_task<M>,
+          dhidden_sum_task<M>};
 }
 
 // One row per DType, in its order.

@@ -12,6 +12,7 @@ from ..generation import KVCache, generate
 from ..ops.attention import attention
 from ..ops.embed import embed
 from ..ops.linear import linear
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp
 from ..ops.norms import layer_norm
 from ..ops.output_projection import output_projection
@@ -256,7 +257,7 @@ class GPT2LMHeadModel(nn.Module):
         logits_to_keep: int = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
     ) -> CausalLMOutput:
-        """Next-token logits, and the loss when labels are given.
+        """Next-token logits, and the loss when labels are given; in training mode the loss comes without the logits.
 
         input_ids: (b, s)        tokens that are not yet in past_key_values
         past_key_values          the cache an earlier call returned
@@ -269,8 +270,10 @@ class GPT2LMHeadModel(nn.Module):
         """
         past_key_values = self._check(input_ids, past_key_values, position_ids, labels, use_cache, logits_to_keep)
         x = self.transformer(input_ids, past_key_values, attention_mask, position_ids)  # (b, s, d_model)
-        logits = linear(x[:, -logits_to_keep:], self.lm_head.weight)  # (b, s, vocab)
-        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else causal_lm_loss(x, self.lm_head.weight, labels, num_items_in_batch)
+        logits = None
+        if labels is None or not self.training:
+            logits = linear(x[:, -logits_to_keep:], self.lm_head.weight)  # (b, s, vocab)
         return CausalLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def _check(self, input_ids, cache, position_ids, labels, use_cache, logits_to_keep) -> KVCache | None:
@@ -323,14 +326,14 @@ class GPT2LMHeadModel(nn.Module):
         return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def causal_lm_loss(logits, labels, num_items_in_batch=None):
-    """Cross entropy of logits (b, s, vocab) against the labels (b, s) one place to the right, in float32.
+def causal_lm_loss(hidden, weight, labels, num_items_in_batch=None):
+    """Cross entropy of hidden (b, s, d) weight^T against the labels (b, s) one place to the right, in float32.
 
     The label -100 is ignored. The sum is divided by num_items_in_batch, or by the number of labels that count.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (b, s)
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -100,7 +100,9 @@ def test_every_tile_is_exact(isa, elements, start, b_panels):
             for depth in (0, 1, 2, 7):
                 arrays = integers(elements, lanes_of(isa, elements), rows, vecs, depth)
                 c = multiply(isa, elements, *arrays, start, b_panels=b_panels)
-                np.testing.assert_array_equal(c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, depth {depth}")
+                np.testing.assert_array_equal(
+                    c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, depth {depth}"
+                )
 
 
 @elements_

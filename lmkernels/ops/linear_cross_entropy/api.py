@@ -96,11 +96,15 @@ class _TokenLosses(torch.autograd.Function):
         labels, hidden, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return None, None, *reference_gradients(
-                lambda *tensors: reference.forward(*tensors, labels, *ctx.options),
-                (hidden, weight, bias),
-                needs,
-                (dloss,),
+            return (
+                None,
+                None,
+                *reference_gradients(
+                    lambda *tensors: reference.forward(*tensors, labels, *ctx.options),
+                    (hidden, weight, bias),
+                    needs,
+                    (dloss,),
+                ),
             )
         _, *gradients = native.backward(dloss, hidden, weight, bias, labels, *ctx.options, *needs)
         return None, None, *in_dtypes(gradients, (hidden, weight, bias), needs)
@@ -126,11 +130,18 @@ class _Loss(torch.autograd.Function):
         options, reduction = ctx.options
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            return None, None, None, *reference_gradients(
-                lambda *tensors: reduce(reference.forward(*tensors, labels, *options), labels, options[0], reduction),
-                (hidden, weight, bias),
-                needs,
-                (dloss,),
+            return (
+                None,
+                None,
+                None,
+                *reference_gradients(
+                    lambda *tensors: reduce(
+                        reference.forward(*tensors, labels, *options), labels, options[0], reduction
+                    ),
+                    (hidden, weight, bias),
+                    needs,
+                    (dloss,),
+                ),
             )
         if torch.compiler.is_compiling() or dloss.item() != 1:
             gradients = [gradient * dloss for gradient in gradients]
