@@ -22,9 +22,11 @@ inline int64_t rows_of_group(const NormArgs& a) {
 }
 
 constexpr int kUnroll = 4;  // independent sums hide the latency of an addition
-// Sums of a row are taken in the accumulator over so many elements, and over these in double: a row of 50,000 is as
-// exact as one of 768.
-constexpr int64_t kBlock = 2048;
+// A sum grows by so many additions in the accumulator, and over these in double: a row of 50,000 is as exact as one of
+// 768.
+constexpr int64_t kAdditions = 32;
+template <class V>
+constexpr int64_t kBlock = kAdditions * kUnroll * V::kLanes;
 
 template <class V>
 struct Sums {
@@ -79,8 +81,8 @@ template <bool kCenter, class E>
 double moment(const E* x, int64_t cols) {
   using V = Vec<Acc<E>>;
   double all = 0;
-  for (int64_t b = 0; b < cols; b += kBlock) {
-    const int64_t end = least(cols, b + kBlock);
+  for (int64_t b = 0; b < cols; b += kBlock<V>) {
+    const int64_t end = least(cols, b + kBlock<V>);
     Sums<V> sums = no_sums<V>();
     int64_t i = b;
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
@@ -100,8 +102,8 @@ template <bool kCenter, class E>
 double add_rows(const E* x, const E* residual, int64_t cols, E* s) {
   using V = Vec<Acc<E>>;
   double all = 0;
-  for (int64_t b = 0; b < cols; b += kBlock) {
-    const int64_t end = least(cols, b + kBlock);
+  for (int64_t b = 0; b < cols; b += kBlock<V>) {
+    const int64_t end = least(cols, b + kBlock<V>);
     Sums<V> sums = no_sums<V>();
     int64_t i = b;
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
@@ -132,8 +134,8 @@ void deviations(const E* x, int64_t cols, Acc<E> mean, double& sum, double& squa
   using V = Vec<Acc<E>>;
   const V m = V::set1(mean);
   sum = squares = 0;
-  for (int64_t b = 0; b < cols; b += kBlock) {
-    const int64_t end = least(cols, b + kBlock);
+  for (int64_t b = 0; b < cols; b += kBlock<V>) {
+    const int64_t end = least(cols, b + kBlock<V>);
     Sums<V> s1 = no_sums<V>(), s2 = no_sums<V>();
     int64_t i = b;
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
@@ -263,8 +265,8 @@ void sum_row(Gradient<kCenter, E>& out, int64_t cols, const Acc<E>* weight, Acc<
   using V = Vec<T>;
   const Gradient<kCenter, E> f = out;
   double sum_g = 0, sum_gh = 0;
-  for (int64_t b = 0; b < cols; b += kBlock) {
-    const int64_t end = least(cols, b + kBlock);
+  for (int64_t b = 0; b < cols; b += kBlock<V>) {
+    const int64_t end = least(cols, b + kBlock<V>);
     Sums<V> g = no_sums<V>(), gh = no_sums<V>();
     int64_t i = b;
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)

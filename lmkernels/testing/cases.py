@@ -291,6 +291,7 @@ ATTENTION_BENCHMARKS = {
 }
 
 
+<<<<<<< HEAD
 # --- attention_varlen ---
 
 
@@ -619,11 +620,26 @@ class LinearCase:
     d_out: int
     layout: str = "rows"  # of the weight: "rows", "columns" (transposed), "padded" or "strided" (neither axis dense)
     bias: bool = True
+=======
+@dataclass(frozen=True)
+class NormCase:
+    """Arguments of `layer_norm` and `rms_norm`."""
+
+    name: str
+    shape: tuple[int, ...]
+    residual: str | None = None  # "same": in x's dtype; "float32": in float32 beside 16-bit x
+    weight: bool = True
+    bias: bool = True  # of layer norm
+    float32_parameters: bool = False  # beside 16-bit x
+    layout: str = "contiguous"  # rows: a stride leads from row to row; strides: no single one does; columns: last axis
+    mean: float = 0.0  # of x
+>>>>>>> 0114157 (Tests of layer_norm and rms_norm)
 
     def __str__(self) -> str:
         return self.name
 
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+<<<<<<< HEAD
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -704,3 +720,67 @@ QKV = [
     QKVCase("part of a head, odd sizes", 3, 19, 33, 4, 1, 10, rotated=6),
     QKVCase("positions of every token", 2, 37, 48, 4, 4, 40, rotated=40, positions=True),
 ]
+=======
+        """x, and where the case has them residual, weight and bias; normal, the weight about 1."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, dtype: torch.dtype = dtype, mean: float = 0.0) -> Tensor:
+            return (torch.randn(shape, generator=generator) + mean).to(device, dtype)
+
+        def rows(dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+            *lead, d = self.shape
+            if self.layout == "rows":
+                return normal(*lead, d + 5, dtype=dtype, mean=mean)[..., 3 : d + 3]
+            if self.layout == "strides":
+                return normal(*reversed(lead), d, dtype=dtype, mean=mean).permute(
+                    *reversed(range(len(lead))), len(lead)
+                )
+            if self.layout == "columns":
+                return normal(d, *lead, dtype=dtype, mean=mean).movedim(0, -1)
+            return normal(*self.shape, dtype=dtype, mean=mean)
+
+        wide = torch.promote_types(dtype, torch.float32)
+        parameters = wide if self.float32_parameters else dtype
+        inputs = {"x": rows(dtype, self.mean)}
+        if self.residual is not None:
+            inputs["residual"] = rows(wide if self.residual == "float32" else dtype)
+        if self.weight:
+            inputs["weight"] = normal(self.shape[-1], dtype=parameters, mean=1.0)
+        if self.bias:
+            inputs["bias"] = normal(self.shape[-1], dtype=parameters)
+        return inputs
+
+
+# Rows on both sides of a vector (4, 8, 16), of four of them (16, 32, 64) and of a block of sums (256 to
+# 2048); numbers of rows
+# on both sides of a group (8) and of a chunk of the backward (16, and 64 chunks at most).
+NORM = [
+    NormCase("one element", (60, 1)),
+    NormCase("rows of 7", (40, 7)),
+    NormCase("rows of 31", (4, 9, 31), residual="same"),
+    NormCase("rows of 33", (33, 33)),
+    NormCase("rows of 64, one axis", (64,)),
+    NormCase("rows of 100", (5, 13, 100), residual="same"),
+    NormCase("rows of 768", (2, 67, 768)),
+    NormCase("rows of 768 and a residual", (2, 67, 768), residual="same"),
+    NormCase("rows of 2049", (20, 2049), residual="same"),
+    NormCase("rows of 50257", (3, 50257)),
+    NormCase("many rows", (1100, 24), residual="same"),
+    NormCase("no weight", (30, 96), weight=False),
+    NormCase("no bias", (30, 96), bias=False, residual="same"),
+    NormCase("neither", (30, 96), weight=False, bias=False, residual="same"),
+    NormCase("float32 parameters", (30, 100), residual="same", float32_parameters=True),
+    NormCase("float32 residual", (30, 100), residual="float32", float32_parameters=True),
+    NormCase("rows with gaps", (3, 10, 50), residual="same", layout="rows"),
+    NormCase("two strides", (3, 10, 50), residual="same", layout="strides"),
+    NormCase("strided last axis", (3, 10, 50), residual="same", layout="columns"),
+    NormCase("large mean", (40, 768), mean=1000.0),
+]
+
+# Beyond the caches, in the L3 cache, and a short prompt.
+NORM_BENCHMARKS = {
+    "memory": [NormCase("8192x768", (8192, 768)), NormCase("1920x4096", (1920, 4096))],
+    "cache": [NormCase("1024x768", (1024, 768))],
+    "short": [NormCase("64x768", (64, 768))],
+}
+>>>>>>> 0114157 (Tests of layer_norm and rms_norm)

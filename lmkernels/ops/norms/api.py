@@ -104,7 +104,11 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(s, rstd, mean, weight, bias)
         ctx.name, ctx.eps, ctx.center = name, eps, center
         ctx.dtypes = x.dtype, s.dtype if residual is None else residual.dtype
-        return y if residual is None else (y, s)
+        if residual is None:
+            return y
+        if not (x.requires_grad or residual.requires_grad):
+            ctx.mark_non_differentiable(s)
+        return y, s
 
     @staticmethod
     def backward(ctx, dy, ds=None):

@@ -61,10 +61,9 @@ def forward_for_backward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The same, then rstd and (None where nothing is centred) mean of each row, for `backward`."""
-    results = _fwd(x, residual, weight, bias, eps, center, True)
-    if residual is None:
-        results.insert(1, x)
-    return *results, *(None,) * (4 - len(results))
+    y, *rest = _fwd(x, residual, weight, bias, eps, center, True)
+    s = x if residual is None else rest.pop(0)
+    return y, s, rest[0], rest[1] if center else None
 
 
 def backward(

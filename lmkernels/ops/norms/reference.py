@@ -18,6 +18,7 @@ def forward(
     h = s.to(torch.float64 if s.dtype == torch.float64 else torch.float32)
     if center:
         h = h - h.mean(-1, keepdim=True)
+        h = h - h.mean(-1, keepdim=True)  # again: what the rounding of a large mean has left
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         h = h * weight.to(h.dtype)
