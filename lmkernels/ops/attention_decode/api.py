@@ -72,6 +72,8 @@ def attention_decode(
 
     Raises ValueError or TypeError for bad arguments before anything is written (values in kv_lengths and block_table
     are not looked at under torch.compile: there they are clamped), NotImplementedError when `backend` cannot run them.
+    torch.compile with dynamic shapes (torch 2.13) may lose what an op, any op, writes to several views of one tensor:
+    under it, give the keys and the values of each layer tensors of their own.
 
     Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; Kwon et al. 2023, arXiv:2309.06180.
     """

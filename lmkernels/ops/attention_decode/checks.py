@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_device, check_floating, check_same_or_wider, check_tensor
+from .._checks import FLOATS, check_device, check_floating, check_same_or_wider, check_tensor
 
 
 def in_cache_dtype(q, k_cache, k_new, v_new):
@@ -21,36 +21,30 @@ def in_cache_dtype(q, k_cache, k_new, v_new):
 
 def check_cache(q, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale) -> tuple[int, int, int, int, int]:
     """b, s_q, h, d and the tokens that a sequence has room for."""
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if check_tensor(name, x).dim() != 4:
-            raise ValueError(f"{name} must have 4 axes, got {tuple(x.shape)}")
-    check_floating("q", q)
-    int8 = k_cache.dtype == torch.int8
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.dtype != (torch.int8 if int8 else q.dtype):
-            wanted = "int8, as k_cache is" if int8 else f"{q.dtype}, as q is, or int8 like the other cache"
-            raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
-        check_device(name, x, "q", q)
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise ValueError(f"{name} must be contiguous in its last axis, got strides {x.stride()}")
-    b, s_q, h, d = q.shape
-    n, length, h_kv, d_k = k_cache.shape
-    if d_k != d:
-        raise ValueError(f"k_cache must have q's head size {d}, got k_cache {tuple(k_cache.shape)}")
-    if d == 0 or v_cache.shape[3] == 0:
-        raise ValueError(f"head sizes must be at least 1, got {d} and {v_cache.shape[3]}")
-    if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(
-            f"v_cache must have k_cache's first three axes, got {tuple(v_cache.shape)} with {tuple(k_cache.shape)}"
+    try:
+        b, s_q, h, d = q.shape
+        n, length, h_kv, d_k = k_cache.shape
+        n_v, length_v, h_v, d_v = v_cache.shape
+        fits = (
+            n == n_v
+            and length == length_v
+            and h_kv == h_v > 0
+            and h % h_kv == 0
+            and d == d_k > 0
+            and d_v > 0
+            and q.dtype == k_cache.dtype == v_cache.dtype
+            and q.dtype in FLOATS
+            and q.device == k_cache.device == v_cache.device == kv_lengths.device
+            and k_cache.stride(3) == v_cache.stride(3) == 1
+            and kv_lengths.dtype in (torch.int32, torch.int64)
+            and kv_lengths.shape == (b,)
+            and k_scale is v_scale is None
         )
-    if (h_kv == 0 and h > 0) or (h_kv > 0 and h % h_kv):
-        raise ValueError(f"the number of heads of q must be a multiple of the cache's, got {h} and {h_kv}")
-    if check_tensor("kv_lengths", kv_lengths).dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
-    if tuple(kv_lengths.shape) != (b,):
-        raise ValueError(f"kv_lengths must be (b,) = {(b,)}, got {tuple(kv_lengths.shape)}")
-    check_device("kv_lengths", kv_lengths, "q", q)
-    _check_scales(q, k_cache, k_scale, v_scale)
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_cache(q, k_cache, v_cache, kv_lengths, k_scale, v_scale)
+        (b, s_q, h, d), (n, length) = q.shape, k_cache.shape[:2]
     if block_table is None:
         if n != b:
             raise ValueError(
@@ -66,6 +60,40 @@ def check_cache(q, k_cache, v_cache, kv_lengths, block_table, k_scale, v_scale) 
     if length == 0:
         raise ValueError(f"a page of k_cache must hold at least one token, got k_cache {tuple(k_cache.shape)}")
     return b, s_q, h, d, block_table.shape[1] * length
+
+
+def _explain_cache(q, k_cache, v_cache, kv_lengths, k_scale, v_scale) -> None:
+    """Raises the error of arguments that do not fit together; returns where they do after all (int8, no heads)."""
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if check_tensor(name, x).dim() != 4:
+            raise ValueError(f"{name} must have 4 axes, got {tuple(x.shape)}")
+    check_floating("q", q)
+    int8 = k_cache.dtype == torch.int8
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dtype != (torch.int8 if int8 else q.dtype):
+            wanted = "int8, as k_cache is" if int8 else f"{q.dtype}, as q is, or int8 like the other cache"
+            raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
+        check_device(name, x, "q", q)
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise ValueError(f"{name} must be contiguous in its last axis, got strides {x.stride()}")
+    b, _, h, d = q.shape
+    h_kv = k_cache.shape[2]
+    if k_cache.shape[3] != d:
+        raise ValueError(f"k_cache must have q's head size {d}, got k_cache {tuple(k_cache.shape)}")
+    if d == 0 or v_cache.shape[3] == 0:
+        raise ValueError(f"head sizes must be at least 1, got {d} and {v_cache.shape[3]}")
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"v_cache must have k_cache's first three axes, got {tuple(v_cache.shape)} with {tuple(k_cache.shape)}"
+        )
+    if (h_kv == 0 and h > 0) or (h_kv > 0 and h % h_kv):
+        raise ValueError(f"the number of heads of q must be a multiple of the cache's, got {h} and {h_kv}")
+    if check_tensor("kv_lengths", kv_lengths).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"kv_lengths must be int32 or int64, got {kv_lengths.dtype}")
+    if tuple(kv_lengths.shape) != (b,):
+        raise ValueError(f"kv_lengths must be (b,) = {(b,)}, got {tuple(kv_lengths.shape)}")
+    check_device("kv_lengths", kv_lengths, "q", q)
+    _check_scales(q, k_cache, k_scale, v_scale)
 
 
 def _check_scales(q, k_cache, k_scale, v_scale) -> None:
@@ -90,6 +118,32 @@ def check_new(q, k_cache, v_cache, k_new, v_new, capacity: int) -> int:
     """s_new, 0 without new tokens."""
     if k_new is None and v_new is None:
         return 0
+    try:
+        b, s_new, h_kv, d = k_new.shape
+        fits = (
+            k_new.dtype == v_new.dtype == q.dtype
+            and k_new.device == v_new.device == q.device
+            and b == q.shape[0]
+            and h_kv == k_cache.shape[2]
+            and d == k_cache.shape[3]
+            and v_new.shape == (b, s_new, h_kv, v_cache.shape[3])
+        )
+    except (AttributeError, ValueError):
+        fits = False
+    if not fits:
+        _explain_new(q, k_cache, v_cache, k_new, v_new)
+        b, s_new = k_new.shape[:2]
+    if s_new > capacity and b > 0:
+        raise ValueError(f"k_new holds {s_new} tokens, and a sequence of the cache has room for {capacity}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        strides = x.stride()
+        if 0 in strides and any(n > 1 and stride == 0 for n, stride in zip(x.shape[:3], strides[:3], strict=True)):
+            raise ValueError(f"{name} must not be expanded: its rows share memory, and k_new is written to it")
+    return s_new
+
+
+def _explain_new(q, k_cache, v_cache, k_new, v_new) -> None:
+    """Raises the error of new tokens that do not fit the cache."""
     if k_new is None or v_new is None:
         name, other = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
         raise ValueError(f"{name} must be given with {other}")
@@ -105,14 +159,6 @@ def check_new(q, k_cache, v_cache, k_new, v_new, capacity: int) -> int:
             )
     if v_new.shape[1] != k_new.shape[1]:
         raise ValueError(f"v_new must have k_new's {k_new.shape[1]} tokens, got {tuple(v_new.shape)}")
-    s_new = k_new.shape[1]
-    if s_new > capacity and b > 0:
-        raise ValueError(f"k_new holds {s_new} tokens, and a sequence of the cache has room for {capacity}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
-            if stride == 0 and size > 1:
-                raise ValueError(f"{name} must not be expanded: its rows share memory, and k_new is written to it")
-    return s_new
 
 
 def check_tables(q, cos, sin) -> tuple[Tensor | None, Tensor | None]:

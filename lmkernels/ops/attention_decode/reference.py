@@ -60,7 +60,7 @@ def forward(
     acc = torch.promote_types(dtype, torch.float32)
     s_new = 0 if k_new is None else k_new.shape[1]
     size = k_cache.shape[1]
-    capacity = size if block_table is None else size * block_table.shape[1]
+    capacity = size if block_table is None else size * block_table.shape[1] * min(k_cache.shape[0], 1)
     before = kv_lengths.long().clamp(0, max(capacity - s_new, 0))
     total = before + s_new  # (b,)
 
@@ -69,7 +69,7 @@ def forward(
         if block_table is None:
             return torch.arange(b, device=device)[:, None].expand_as(positions), positions
         pages = block_table.long().gather(1, positions // size)
-        return pages.clamp(0, max(k_cache.shape[0] - 1, 0)), positions % size
+        return pages.clamp(0, k_cache.shape[0] - 1), positions % size
 
     if s_new > 0:
         positions = before[:, None] + torch.arange(s_new, device=device)  # (b, s_new)
