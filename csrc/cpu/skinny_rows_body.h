@@ -1,7 +1,7 @@
 // Weights (cols, depth) with contiguous depth: dot products of rows. Included by skinny_body.h.
 //
-// A sum is one vector that runs along the whole depth, and the tree that adds its lanes. Blocks of the depth, which
-// keep weights and x in the L1 cache while more rows than one tile holds pass by, only store and reload it.
+// The sum of a block of the depth is one vector, which joins those before it; a tree adds its lanes at the end. Blocks
+// keep sums exact, and weights and x in the L1 cache while more rows than one tile holds pass by.
 
 namespace lmk {
 namespace LMK_NS {
@@ -50,17 +50,10 @@ template <class M, int kRows, int kCols, int kFetch>
   using V = typename M::V;
   constexpr int kLanes = V::kLanes;
   V acc[kRows][kCols];
-  if (t.first) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < kCols; ++c) acc[r][c] = V::zero();
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < kCols; ++c) acc[r][c] = V::load(t.sums + (r * kDotCols + c) * kLanes);
-  }
+    for (int c = 0; c < kCols; ++c) acc[r][c] = V::zero();
   const typename M::X* x = t.x;
   const typename M::Elem *w = t.w, *fetch = t.fetch;
   const int64_t x_row = t.x_row, w_row = t.w_row;
@@ -77,6 +70,12 @@ template <class M, int kRows, int kCols, int kFetch>
       for (int c = 0; c < kCols; ++c) acc[r][c] = M::dot(acc[r][c], wv[c], xv);
     }
     x += M::kDepth, w += M::kDepth, fetch += M::kDepth;
+  }
+  if (!t.first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < kCols; ++c) acc[r][c] = V::load(t.sums + (r * kDotCols + c) * kLanes) + acc[r][c];
   }
   if (t.last) {
 #pragma GCC unroll 8
@@ -145,7 +144,7 @@ void dot_columns(const SkinnyArgs& a, const typename M::Elem* w, typename M::Acc
                  int64_t product_row) {
   constexpr int64_t kBlock = 2048 / sizeof(typename M::Elem);
   const typename M::X* x = static_cast<const typename M::X*>(a.packed);
-  const int64_t whole = a.depth / M::kDepth * M::kDepth, block = a.rows <= kDotRows ? whole : kBlock;
+  const int64_t whole = a.depth / M::kDepth * M::kDepth;
   DotTile<M> t{x, w, a.packed_row, a.weight_row, 0, sums, product, product_row, true, false, nullptr};
   if (whole < a.depth || whole == 0) {  // the rest that fills no register comes first
     typename M::Elem padded[kCols * M::kDepth] = {};
@@ -155,27 +154,27 @@ void dot_columns(const SkinnyArgs& a, const typename M::Elem* w, typename M::Acc
     dot_block<M, kCols>(a, t);
     t.w_row = a.weight_row, t.first = false;
   }
-  for (int64_t k = 0; k < whole; k += block) {
-    const int64_t depth = whole - k < block ? whole - k : block;
+  for (int64_t k = 0; k < whole; k += kBlock) {
+    const int64_t depth = whole - k < kBlock ? whole - k : kBlock;
     t.x = x + k, t.w = w + k, t.steps = depth / M::kDepth, t.last = k + depth == whole;
     dot_block<M, kCols>(a, t);
     t.first = false;
   }
 }
 
-// Columns of a row of the product: a tile of the last column writes kDotCols too, and must not reach the next row.
-inline int64_t product_columns(int64_t cols) { return round_up(cols + kDotCols - 1, 16); }
+// A tile writes kDotCols columns, one that has a single column too; finish_row wants whole vectors.
+inline int64_t product_row(int64_t cols) { return round_up(cols + kDotCols - 1, 16); }
 
 template <class M>
 int64_t rows_scratch(const SkinnyArgs& a, int64_t cols) {
-  return a.rows * (kDotCols * M::V::kLanes + product_columns(cols)) * int64_t(sizeof(typename M::Acc));
+  return a.rows * (kDotCols * M::V::kLanes + product_row(cols)) * int64_t(sizeof(typename M::Acc));
 }
 
 template <class M>
 void run_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   using T = typename M::Acc;
   T *sums = static_cast<T*>(scratch), *product = sums + a.rows * kDotCols * M::V::kLanes;
-  const int64_t ld = product_columns(cols);
+  const int64_t ld = product_row(cols);
   const typename M::Elem* w = static_cast<const typename M::Elem*>(a.weight) + first * a.weight_row;
   int64_t c = 0;
   for (; c + kDotCols <= cols; c += kDotCols) dot_columns<M, kDotCols>(a, w + c * a.weight_row, sums, product + c, ld);

@@ -946,3 +946,31 @@ DECODE = [
 
 
 DECODE_LONG = DecodeCase("20,000 keys", (20000,), 4, 64, h_kv=2, layout="bshd")
+
+
+@dataclass(frozen=True)
+class SkinnyCase:
+    """A linear layer x (m, k) -> (m, n)."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"m{self.m}-n{self.n}-k{self.k}"
+
+
+# GPT-2's layers and head with 1, 4 and 16 sequences, and two larger ones.
+SKINNY_BENCHMARKS = [
+    *(
+        SkinnyCase(m, n, k)
+        for m in (1, 4, 16)
+        for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768))
+    ),
+    *(SkinnyCase(m, n, 4096) for m in (1, 16) for n in (4096, 11008)),
+]
+
+
+# A prompt.
+PREFILL_BENCHMARKS = [SkinnyCase(256, n, k) for n, k in ((2304, 768), (3072, 768), (768, 3072))]

@@ -1,0 +1,237 @@
+"""quantize_weight, and linear on what it makes: the dequantised weight defines the result."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lmkernels import QuantizedWeight, linear, quantize_weight
+from lmkernels.ops.linear import reference
+
+KINDS = ["int8", "int4"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The kernels take each row of x as integers up to this size, in proportion to its largest element.
+LARGEST = 127 * 256 + 127
+SHAPES = [
+    *((m, 37, 131) for m in range(1, 18)),
+    (1, 1, 1),
+    (2, 3, 5),
+    (3, 1, 700),
+    (5, 130, 1),
+    (16, 100, 32),
+    (64, 48, 256),
+    (65, 100, 300),
+    (1, 768, 768),
+    (130, 200, 1100),
+]
+
+
+def bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The most that the rounding of x can change x weight^T: half a step times the sum of the weights' sizes."""
+    step = x.double().abs().amax(1, keepdim=True) / LARGEST
+    return step / 2 * weight.double().abs().sum(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_is_exact_up_to_the_rounding_of_x(shape, kind, dtype, backend):
+    m, n, k = shape
+    x, bias, residual = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)
+    weight = quantize_weight(torch.randn(n, k) / math.sqrt(k), kind)
+    dense = weight.dequantize(torch.float64)
+    exact = x.double() @ dense.t() + bias.double() + residual.double()
+    found = linear(x, weight, bias, residual=residual, backend=backend)
+    assert found.dtype == dtype
+    size = x.double().abs() @ dense.abs().t() + bias.double().abs() + residual.double().abs()
+    float32 = 4 * torch.finfo(torch.float32).eps * size  # sums of a few float32 numbers, of any order
+    rounding = torch.finfo(dtype).eps / 2 * exact.abs() * 1.01
+    assert ((found.double() - exact).abs() <= bound(x, dense) + float32 + rounding).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [64, 768, 3072])
+def test_the_rounding_of_x_is_far_below_that_of_the_weight(k, kind, native):
+    x, weight = torch.randn(20, k), torch.randn(300, k)
+    quantized = quantize_weight(weight, kind)
+    dense = x.double() @ quantized.dequantize(torch.float64).t()
+    of_x = (linear(x, quantized, backend=native).double() - dense).norm() / dense.norm()
+    of_weight = (dense - x.double() @ weight.double().t()).norm() / dense.norm()
+    assert of_x < 1e-4 and of_weight > 50 * of_x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+def test_activations(activation, kind, backend):
+    x, bias, residual = torch.randn(5, 96), torch.randn(50), torch.randn(5, 50)
+    weight = quantize_weight(torch.randn(50, 96), kind)
+    arguments = {"activation": activation, "residual": residual}
+    expected = linear(x, weight.dequantize(), bias, **arguments, backend="reference")
+    torch.testing.assert_close(linear(x, weight, bias, **arguments, backend=backend), expected, atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("int8", 0.0080), ("int4", 0.0825)])
+def test_a_gaussian_weight_loses_as_little_as_stated(kind, largest):
+    weight = torch.randn(512, 768) * 0.02
+    error = (quantize_weight(weight, kind).dequantize() - weight).norm() / weight.norm()
+    assert error < largest
+
+
+def test_int4_is_better_than_a_scale_from_the_largest_weight():
+    """That is q4_0 of llama.cpp."""
+    weight = torch.randn(256, 256)
+    groups = weight.view(256, -1, 32)
+    scale = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
+    plain = (groups / scale).round().clamp(-8, 7) * scale
+    error = (quantize_weight(weight, "int4").dequantize() - weight).view_as(groups).square().sum(2)
+    assert error.sum() < 0.92 * (plain - groups).square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_values_are_levels_times_a_scale(kind):
+    weight = torch.randn(35, 77)
+    dense, step = quantize_weight(weight, kind).dequantize(), 127 if kind == "int8" else 8
+    assert dense.shape == weight.shape
+    largest = weight.abs().amax(1, keepdim=True)
+    assert ((dense - weight).abs() <= largest / step * (0.51 if kind == "int8" else 1.2)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_and_outliers(kind, backend):
+    weight = torch.randn(20, 64)
+    weight[3] = 0
+    weight[4, :32] = 0
+    weight[5, 7] = 1e4
+    quantized = quantize_weight(weight, kind)
+    dense = quantized.dequantize()
+    assert (dense[3] == 0).all() and (dense[4, :32] == 0).all()
+    assert dense[5, 7] == pytest.approx(1e4, rel=0.1)
+    x = torch.zeros(2, 64)
+    x[1, 5] = 1e-30
+    found = linear(x, quantized, backend=backend)
+    assert (found[0] == 0).all()
+    torch.testing.assert_close(found[1], x[1] @ dense.t(), rtol=1e-4, atol=1e-38)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_gives_nan_and_leaves_the_others(kind, native):
+    x, weight = torch.randn(4, 64), quantize_weight(torch.randn(20, 64), kind)
+    expected = linear(x, weight, backend=native)
+    x[1, 3], x[2, 63] = float("nan"), float("-inf")
+    found = linear(x, weight, backend=native)
+    assert found[1:3].isnan().all() and torch.equal(found[::3], expected[::3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_every_batch_and_for_every_number_of_threads(kind, dtype, native):
+    x, weight = torch.randn(131, 700).to(dtype), quantize_weight(torch.randn(301, 700), kind)
+    together = linear(x, weight, backend=native)
+    for first, last in ((0, 1), (3, 5), (2, 9), (0, 16), (60, 131)):
+        assert torch.equal(linear(x[first:last], weight, backend=native), together[first:last])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(linear(x, weight, backend=native), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_shape_of_x_and_strides(kind, backend):
+    weight = quantize_weight(torch.randn(64, 50).t(), kind)
+    assert weight.shape == (50, 64)
+    x = torch.randn(64, 3, 2).permute(2, 1, 0)
+    residual = torch.randn(50, 3, 2).permute(2, 1, 0)
+    found = linear(x, weight, residual=residual, backend=backend)
+    assert found.shape == (2, 3, 50)
+    flat = linear(x.reshape(6, 64), weight, residual=residual.reshape(6, 50), backend=backend)
+    assert torch.equal(found.view(6, 50), flat)
+    assert linear(x[0, 0], weight, backend=backend).shape == (50,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7), (3, 5, 0)], ids=str)
+def test_empty_sizes(shape, kind, backend):
+    m, n, k = shape
+    bias = torch.randn(n)
+    found = linear(torch.randn(m, k), quantize_weight(torch.randn(n, k), kind), bias, backend=backend)
+    assert found.shape == (m, n)
+    if k == 0:
+        assert torch.equal(found, bias.expand(m, n))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_made_again_of_its_tensors(kind):
+    weight = quantize_weight(torch.randn(40, 70), kind)
+    again = QuantizedWeight(weight.data.clone(), weight.scales.clone(), (40, 70), kind)
+    assert torch.equal(again.dequantize(torch.bfloat16), weight.dequantize(torch.bfloat16))
+    assert repr(again) == f"QuantizedWeight(shape=(40, 70), dtype_name='{kind}', nbytes={weight.nbytes})"
+    assert weight.nbytes == {"int8": 48 * 96 + 48 * 4, "int4": 48 * 96 // 2 + 48 * 3 * 2}[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_op_check(kind, native):
+    weight = quantize_weight(torch.randn(20, 40), kind)
+    arguments = (torch.randn(3, 40), weight.data, weight.scales, 20, weight.bits, torch.randn(20), torch.randn(3, 20))
+    torch.library.opcheck(torch.ops.lmkernels.quantized_linear_fwd.default, (*arguments, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_compile(kind, native):
+    weight, bias = quantize_weight(torch.randn(20, 40), kind), torch.randn(20)
+
+    def function(x):
+        return linear(x, weight, bias, activation="gelu", backend=native) * 2
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for m in (3, 21):
+            x = torch.randn(m, 40)
+            assert torch.equal(compiled(x), function(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind, native):
+    x, weight = torch.randn(3, 40), quantize_weight(torch.randn(20, 40), kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear(x, weight)
+    assert torch.equal(found, linear(x.bfloat16(), weight))
+
+
+def test_bad_arguments():
+    weight, x = torch.randn(8, 16), torch.randn(2, 16)
+    quantized = quantize_weight(weight, "int4")
+    with pytest.raises(ValueError, match="dtype must be one of 'int8', 'int4', got 'int3'"):
+        quantize_weight(weight, "int3")
+    with pytest.raises(ValueError, match=r"weight must be \(out, in\), got \(8,\)"):
+        quantize_weight(weight[:, 0], "int8")
+    with pytest.raises(TypeError, match="weight must be float32"):
+        quantize_weight(weight.int(), "int8")
+    with pytest.raises(ValueError, match="weight must be finite"):
+        quantize_weight(weight / 0, "int8")
+    with pytest.raises(ValueError, match=r"weight must be \(out, in\) = \(out, 15\), got \(8, 16\)"):
+        linear(x[:, :15], quantized)
+    with pytest.raises(ValueError, match=r"bias must be \(out,\) = \(8,\)"):
+        linear(x, quantized, torch.randn(9))
+    with pytest.raises(ValueError, match="weight must be a tensor where a gradient is wanted, got int4"):
+        linear(x.requires_grad_(), quantized)
+    with torch.no_grad():
+        linear(x, quantized)
+    with pytest.raises(ValueError, match=r"data of an int4 weight \(8, 17\)"):
+        QuantizedWeight(quantized.data[:, :0], quantized.scales, (8, 17), "int4")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        linear(x.detach(), quantized, backend="other")
+
+
+def test_float64_runs_on_the_reference(native):
+    x, weight = torch.randn(2, 16).double(), quantize_weight(torch.randn(8, 16), "int8")
+    torch.testing.assert_close(linear(x, weight), x @ weight.dequantize(torch.float64).t())
+    with pytest.raises(NotImplementedError, match="float64"):
+        linear(x, weight, backend=native)
+
+
+def test_every_instruction_set_of_this_cpu(rerun_on_isa):
+    rerun_on_isa(__file__, "native and not instruction_set and not op_check and not compile")
