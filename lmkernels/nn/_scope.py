@@ -14,8 +14,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def is_for_torch(*tensors: Tensor | None) -> bool:
     """Whether torch has to compute with these itself.
 
-    Tensor subclasses (DTensor and the like), nested, sparse, meta, integer and complex tensors; torch.func's transforms;
-    forward-mode derivatives.
+    Tensor subclasses (DTensor and the like); nested, sparse, meta, integer and complex tensors; the transforms of
+    torch.func; forward-mode derivatives.
     """
     if torch.compiler.is_compiling():  # the tensors are stand-ins for what the compiled code will get
         return any(x is not None and x.dtype not in FLOATS for x in tensors)

@@ -14,7 +14,7 @@ from ..ops.attention import attention
 from ..ops.linear import linear
 from ..ops.mlp import mlp
 from ..ops.norms import layer_norm
-from ._nested import Packed, pack
+from ._nested import pack
 from ._scope import is_for_torch
 from .attention import MultiheadAttention
 from .linear import Linear

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +13,7 @@ from .encoder import TransformerEncoderLayer
 from .linear import Conv1D, Linear, conv1d_class
 from .norm import LayerNorm, RMSNorm
 
-_CLASSES = {
-    ours.__base__: ours for ours in (Linear, LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer)
-}
+_CLASSES = {ours.__base__: ours for ours in (Linear, LayerNorm, RMSNorm, MultiheadAttention, TransformerEncoderLayer)}
 # MultiheadAttention reads the weights of its out_proj and never calls it
 _PART_OF_ANOTHER = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
 
@@ -112,14 +109,10 @@ def _counterpart(module: torch.nn.Module) -> tuple[type | None, str]:
         return None, _why_not(module, base)
     if "forward" in module.__dict__:
         return None, "it has a forward of its own"
-    for name, parameter in _tensors(module):
+    for name, parameter in module.named_parameters(recurse=False):
         if parameter.dtype not in FLOATS:
             return None, f"{name} is {parameter.dtype}"
     return conv1d_class(base) if _is_conv1d(base) else _CLASSES[base], ""
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    return (item for item in module.named_parameters(recurse=False))
 
 
 def _why_not(module: torch.nn.Module, base: type) -> str:
@@ -135,4 +128,6 @@ def _is_conv1d(kind: type) -> bool:
 
 
 def _title(kind: type) -> str:
-    return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
+    return (
+        f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
+    )

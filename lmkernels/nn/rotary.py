@@ -50,9 +50,7 @@ class RotaryEmbedding(torch.nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._fit(q, k, positions)
-        return tuple(
-            rotary(x, self.cos, self.sin, interleaved=self.interleaved, positions=positions) for x in (q, k)
-        )
+        return tuple(rotary(x, self.cos, self.sin, interleaved=self.interleaved, positions=positions) for x in (q, k))
 
     def _fit(self, q: Tensor, k: Tensor, positions: Tensor | None) -> None:
         """Makes the tables as long as this call needs them."""
