@@ -1,6 +1,5 @@
 """Fast GPT- and BERT-class models in plain PyTorch: fused ops for the CPU and the GPU, and a thin model package."""
 
-from . import nn
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
 from .ops.attention_decode import attention_decode
@@ -16,6 +15,7 @@ from .ops.qkv_projection import qkv_projection
 from .ops.quantize_weight import QuantizedWeight, quantize_weight
 from .ops.relative_bias import RelativeBias, relative_bias
 from .ops.rotary import rotary, rotary_tables
+from .ops.softmax import softmax
 
 __version__ = "0.1.0"
 
@@ -44,5 +44,6 @@ __all__ = [
     "rotary_tables",
     "scaled_dot_product_attention",
     "sinusoidal",
+    "softmax",
     "swiglu_mlp",
 ]

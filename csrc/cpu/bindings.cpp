@@ -101,3 +101,9 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "qkv_projection_binding.h"
 #include "quantize_weight_binding.h"
 #include "rotary_binding.h"
+// after linear_binding.h, whose functions it uses
+#include "qkv_projection_binding.h"
+#include "row_view_binding.h"
+// after row_view_binding.h
+#include "norms_binding.h"
+#include "softmax_binding.h"

@@ -4,16 +4,9 @@
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "row_view.h"
 
 namespace lmk {
-
-// Rows of any stride with a contiguous last axis; data is null where absent.
-struct NormRows {
-  const void* data;
-  int64_t stride;  // elements
-  DType dtype;
-};
 
 struct NormVector {
   const void* data;  // (cols,) or null
@@ -26,16 +19,16 @@ struct NormArgs {
   NormVector weight, bias;
 
   // forward: s = x + residual (s = x without one), y = norm(s)
-  NormRows x, residual;
+  RowView x, residual;
   double eps;
   void *s, *y;        // (rows, cols), contiguous; s is null without a residual
   void *mean, *rstd;  // (rows,), float (double for f64), or null; RMS norm has no mean
 
   // backward: dx = rstd (g - mean(g) - h mean(g h)) + ds for g = dy weight and h = norm(s) before weight and bias
-  NormRows dy, ds, sum;  // sum is s; ds may be absent
-  void* dx;              // (rows, cols), contiguous
-  int64_t chunk_rows;    // a chunk of rows sums dweight and dbias in one row of partial
-  void* partial;         // (chunks, 2, cols) of the accumulator, or null where neither is wanted
+  RowView dy, ds, sum;  // sum is s; ds may be absent
+  void* dx;             // (rows, cols), contiguous
+  int64_t chunk_rows;   // a chunk of rows sums dweight and dbias in one row of partial
+  void* partial;        // (chunks, 2, cols) of the accumulator, or null where neither is wanted
   int64_t chunks;
   void *dweight, *dbias;  // (cols,) in the dtype of weight and bias, or null
 };

@@ -4,36 +4,11 @@
 
 namespace {
 
-// x seen as rows: in place where its last axis is contiguous and one stride leads through all leading axes, else as
-// the copy that is kept in `copy`.
-lmk::NormRows norm_rows(const Tensor& x, OptionalTensor& copy) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, "norms take CPU tensors of at least one axis");
-  const int64_t last = x.dim() - 1, cols = x.size(last);
-  int64_t stride = cols, rows = 1;
-  bool direct = cols <= 1 || x.stride(last) == 1;
-  for (int64_t axis = last - 1; axis >= 0 && direct; --axis) {
-    if (x.size(axis) == 1) continue;
-    if (rows == 1) stride = x.stride(axis);
-    direct = x.stride(axis) == stride * rows;
-    rows *= x.size(axis);
-  }
-  if (direct) return {x.const_data_ptr(), stride, dtype_of(x)};
-  copy = torch::stable::contiguous(x);
-  return {copy->const_data_ptr(), cols, dtype_of(x)};
-}
-
 lmk::NormVector norm_vector(const OptionalTensor& x, int64_t cols, OptionalTensor& copy) {
   if (!x) return {};
   STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == cols, "weight and bias must be (d,)");
   if (!x->is_contiguous()) copy = torch::stable::contiguous(*x);
   return {(copy ? *copy : *x).const_data_ptr(), dtype_of(*x)};
-}
-
-bool same_shape(const Tensor& x, const Tensor& y) {
-  if (x.dim() != y.dim()) return false;
-  for (int64_t i = 0; i < x.dim(); ++i)
-    if (x.size(i) != y.size(i)) return false;
-  return true;
 }
 
 // In units of run_tasks: an element takes a fifth of a nanosecond in the cache.
@@ -45,17 +20,17 @@ std::vector<Tensor> norm_fwd(const Tensor& x, const OptionalTensor& residual, co
                              const OptionalTensor& bias, double eps, bool center, bool for_backward) {
   OptionalTensor copies[4];
   lmk::NormArgs a{};
-  a.x = norm_rows(x, copies[0]);
+  a.x = row_view(x, copies[0]);
   a.dtype = a.x.dtype;
   if (residual) {
     STD_TORCH_CHECK(same_shape(x, *residual), "residual must have x's shape");
-    a.residual = norm_rows(*residual, copies[1]);
+    a.residual = row_view(*residual, copies[1]);
     if (a.residual.dtype == lmk::DType::f32) a.dtype = lmk::DType::f32;
     for (const lmk::DType dtype : {a.x.dtype, a.residual.dtype})
       STD_TORCH_CHECK(dtype == a.dtype || (a.dtype == lmk::DType::f32 && lmk::element_size(dtype) == 2),
                       "x and residual must have one dtype, or 16 bits and float32");
   }
-  a.cols = x.size(x.dim() - 1);
+  a.cols = last_size(x);
   a.rows = a.cols ? x.numel() / a.cols : 0;
   a.weight = norm_vector(weight, a.cols, copies[2]);
   a.bias = norm_vector(bias, a.cols, copies[3]);
@@ -82,9 +57,7 @@ std::vector<Tensor> norm_fwd(const Tensor& x, const OptionalTensor& residual, co
   }
 
   const lmk::NormKernels& kernels = (center ? lmk::layer_norm_kernels : lmk::rms_norm_kernels)(a.dtype);
-  constexpr int64_t kTaskElements = 32 * 1024, kTasksPerThread = 8;
-  const int64_t per_task = std::clamp<int64_t>(a.rows / (kTasksPerThread * torch::stable::get_num_threads()), 1,
-                                               std::max<int64_t>(1, kTaskElements / a.cols));
+  const int64_t per_task = rows_per_task(a.rows, a.cols);
   run_tasks((a.rows + per_task - 1) / per_task, kernels.scratch(a), norm_work(a), [&](int64_t task, void* scratch) {
     kernels.fwd(a, task * per_task, std::min(a.rows, (task + 1) * per_task), scratch);
   });
@@ -97,13 +70,13 @@ std::vector<Tensor> norm_bwd(const Tensor& dy, const OptionalTensor& ds, const T
                              bool need_dweight, bool need_dbias) {
   OptionalTensor copies[5];
   lmk::NormArgs a{};
-  a.dy = norm_rows(dy, copies[0]);
-  a.sum = norm_rows(s, copies[1]);
-  if (ds) a.ds = norm_rows(*ds, copies[2]);
+  a.dy = row_view(dy, copies[0]);
+  a.sum = row_view(s, copies[1]);
+  if (ds) a.ds = row_view(*ds, copies[2]);
   a.dtype = a.sum.dtype;
   STD_TORCH_CHECK(same_shape(dy, s) && a.dy.dtype == a.dtype && (!ds || (same_shape(*ds, s) && a.ds.dtype == a.dtype)),
                   "dy and ds must have the shape and dtype of s");
-  a.cols = s.size(s.dim() - 1);
+  a.cols = last_size(s);
   a.rows = a.cols ? s.numel() / a.cols : 0;
   a.weight = norm_vector(weight, a.cols, copies[3]);
   a.bias = norm_vector(bias, a.cols, copies[4]);

@@ -8,44 +8,18 @@
 #include "gemm.h"
 #include "rows.h"
 #include "elements.h"
-#include "tails.h"
+#include "passes.h"
 
 namespace lmk {
 namespace LMK_NS {
 namespace {
 
-constexpr int64_t kGroupRows = 8, kGroupBytes = 16 * 1024;
+constexpr int64_t kGroupRows = 8, kGroupBytes = 4 * 1024;
 
-inline int64_t rows_of_group(const NormArgs& a) {
-  const int64_t fit = kGroupBytes / (a.cols * element_size(a.dtype));
+// row_bytes: of all that the passes read of one row
+inline int64_t rows_of_group(int64_t row_bytes) {
+  const int64_t fit = kGroupBytes / row_bytes;
   return fit < 1 ? 1 : least(fit, kGroupRows);
-}
-
-constexpr int kUnroll = 4;  // independent sums hide the latency of an addition
-// A sum grows by so many additions in the accumulator, and over these in double: a row of 50,000 is as exact as one of
-// 768.
-constexpr int64_t kAdditions = 32;
-template <class V>
-constexpr int64_t kBlock = kAdditions * kUnroll * V::kLanes;
-
-template <class V>
-struct Sums {
-  V part[kUnroll];
-};
-
-template <class V>
-inline Sums<V> no_sums() {
-  return {{V::zero(), V::zero(), V::zero(), V::zero()}};
-}
-
-template <class V>
-inline double total(const Sums<V>& s) {
-  return double(reduce_add((s.part[0] + s.part[1]) + (s.part[2] + s.part[3])));
-}
-
-template <class E>
-inline const E* row_of(const NormRows& x, int64_t row) {
-  return static_cast<const E*>(x.data) + row * x.stride;
 }
 
 // The parameters as accumulators: in place where they are, else widened into the scratch.
@@ -58,14 +32,6 @@ const T* parameter(const NormVector& p, int64_t cols, T absent, T* scratch) {
   else
     load_row(p.dtype, p.data, cols, scratch);
   return scratch;
-}
-
-// A row as elements E: in place where it is, else (16 bits beside float32) widened into the scratch.
-template <class E>
-const E* in_dtype(const NormRows& x, int64_t row, int64_t cols, Acc<E>* scratch) {
-  if (element_size(x.dtype) == sizeof(E)) return row_of<E>(x, row);
-  load_row(x.dtype, row_of<uint16_t>(x, row), cols, scratch);
-  return reinterpret_cast<const E*>(scratch);
 }
 
 // What the first reading of a row sums: x (its mean is next), or x^2 where nothing is centred.
@@ -177,7 +143,7 @@ void fwd(const NormArgs& a, int64_t begin, int64_t end, void* scratch) {
   using T = Acc<E>;
   constexpr int64_t kLanes = Vec<T>::kLanes;
   T* buffer = static_cast<T*>(scratch);
-  const int64_t cols = a.cols, group = rows_of_group(a);
+  const int64_t cols = a.cols, group = rows_of_group(cols * int64_t(sizeof(E)));
   const double per_element = 1.0 / double(cols);
   const T* weight = parameter(a.weight, cols, T(1), buffer);
   const T* bias = kCenter ? parameter(a.bias, cols, T(0), buffer + cols) : nullptr;
@@ -186,11 +152,11 @@ void fwd(const NormArgs& a, int64_t begin, int64_t end, void* scratch) {
     Normalize<kCenter, E> f[kGroupRows];
     double mean[kGroupRows], variance[kGroupRows];
     for (int64_t r = 0; r < rows; ++r) {
-      const E* x = in_dtype<E>(a.x, first + r, cols, buffer + 2 * cols);
+      const E* x = row_in_dtype<E>(a.x, first + r, cols, buffer + 2 * cols);
       double sum;
       if (a.residual.data) {
         E* s = static_cast<E*>(a.s) + (first + r) * cols;
-        sum = add_rows<kCenter>(x, in_dtype<E>(a.residual, first + r, cols, buffer + 3 * cols), cols, s);
+        sum = add_rows<kCenter>(x, row_in_dtype<E>(a.residual, first + r, cols, buffer + 3 * cols), cols, s);
         f[r].s = s;
       } else {
         sum = moment<kCenter>(x, cols);
@@ -216,107 +182,142 @@ void fwd(const NormArgs& a, int64_t begin, int64_t end, void* scratch) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const Normalize<kCenter, E> row = f[r];
+      const E* next = row_of<E>(a.x, first + r + group);
       E* y = static_cast<E*>(a.y) + (first + r) * cols;
       int64_t i = 0;
-      for (; i + kLanes <= cols; i += kLanes) store_vec(row(i, kLanes, weight, bias), y + i);
+      for (; i + kLanes <= cols; i += kLanes) {
+        __builtin_prefetch(next + i);
+        store_vec(row(i, kLanes, weight, bias), y + i);
+      }
       if (i < cols) store_up_to(row(i, cols - i, weight, bias), cols - i, y + i);
     }
   }
 }
 
-// One row of the backward. g = dy weight is the gradient that arrives at h, the norm before weight and bias.
-template <bool kCenter, class E>
-struct Gradient {
+// The backward. g = dy weight is the gradient that arrives at h, the norm before weight and bias.
+
+// What is known of a row.
+template <class E>
+struct GradientRow {
   using T = Acc<E>;
-  using V = Vec<T>;
   const E *dy, *s, *ds;
   T mean, rstd, mean_g, mean_gh;
-
-  V h(int64_t i, int64_t n) const {
-    V x = load_up_to(s + i, n, mean);
-    if constexpr (kCenter) x = x - V::set1(mean);
-    return x * V::set1(rstd);
-  }
-
-  // Sums of g and g h; adds dy h to dweight and dy to dbias, sums over the rows of the chunk.
-  template <bool kParameters>
-  void sum(int64_t i, int64_t n, const T* weight, T* dweight, T* dbias, V& sum_g, V& sum_gh) const {
-    const V dout = load_up_to(dy + i, n), norm = h(i, n), g = dout * load_up_to(weight + i, n);
-    sum_gh = fma(g, norm, sum_gh);
-    if constexpr (kCenter) sum_g = sum_g + g;
-    if constexpr (kParameters) {
-      store_up_to(fma(dout, norm, load_up_to(dweight + i, n)), n, dweight + i);
-      if constexpr (kCenter) store_up_to(dout + load_up_to(dbias + i, n), n, dbias + i);
-    }
-  }
-
-  V dx(int64_t i, int64_t n, const T* weight) const {
-    V d = load_up_to(dy + i, n) * load_up_to(weight + i, n);
-    if constexpr (kCenter) d = d - V::set1(mean_g);
-    d = fma(h(i, n), V::set1(-mean_gh), d) * V::set1(rstd);
-    if (ds) d = d + load_up_to(ds + i, n);
-    return d;
-  }
 };
 
-template <bool kParameters, bool kCenter, class E>
-void sum_row(Gradient<kCenter, E>& out, int64_t cols, const Acc<E>* weight, Acc<E>* dweight, Acc<E>* dbias) {
+template <bool kCenter, class E, class V>
+inline V normalized(const E* s, int64_t n, V mean, V rstd) {
+  V x = load_up_to(s, n);
+  if constexpr (kCenter) x = x - mean;
+  return x * rstd;
+}
+
+// A vector of columns of kRows rows: adds g and g h to sums of each row, dy h and dy to those of the columns.
+template <bool kCenter, bool kParameters, int kRows, class E, class V>
+inline void add_columns(const GradientRow<E>* f, int64_t i, int64_t n, const Acc<E>* weight, Acc<E>* dweight,
+                        Acc<E>* dbias, const V (&mean)[kRows], const V (&rstd)[kRows], V (&g)[kRows], V (&gh)[kRows]) {
+  const V w = load_up_to(weight + i, n);
+  V dw = V::zero(), db = V::zero();
+  if constexpr (kParameters) dw = load_up_to(dweight + i, n);
+  if constexpr (kParameters && kCenter) db = load_up_to(dbias + i, n);
+  for (int r = 0; r < kRows; ++r) {
+    const V dy = load_up_to(f[r].dy + i, n), h = normalized<kCenter>(f[r].s + i, n, mean[r], rstd[r]), dh = dy * w;
+    gh[r] = fma(dh, h, gh[r]);
+    if constexpr (kCenter) g[r] = g[r] + dh;
+    dw = fma(dy, h, dw);
+    if constexpr (kCenter) db = db + dy;
+  }
+  if constexpr (kParameters) store_up_to(dw, n, dweight + i);
+  if constexpr (kParameters && kCenter) store_up_to(db, n, dbias + i);
+}
+
+// First pass over kRows rows at once, so that the sums of columns are read and written once for all of them.
+template <bool kCenter, bool kParameters, int kRows, class E>
+void sum_rows(GradientRow<E>* f, int64_t cols, const Acc<E>* weight, Acc<E>* dweight, Acc<E>* dbias) {
   using T = Acc<E>;
   using V = Vec<T>;
-  const Gradient<kCenter, E> f = out;
-  double sum_g = 0, sum_gh = 0;
-  for (int64_t b = 0; b < cols; b += kBlock<V>) {
-    const int64_t end = least(cols, b + kBlock<V>);
-    Sums<V> g = no_sums<V>(), gh = no_sums<V>();
-    int64_t i = b;
-    for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
-      for (int u = 0; u < kUnroll; ++u)
-        f.template sum<kParameters>(i + u * V::kLanes, V::kLanes, weight, dweight, dbias, g.part[u], gh.part[u]);
-    for (; i < end; i += V::kLanes)
-      f.template sum<kParameters>(i, end - i, weight, dweight, dbias, g.part[0], gh.part[0]);
-    sum_g += total(g);
-    sum_gh += total(gh);
+  V mean[kRows], rstd[kRows];
+  double sum_g[kRows], sum_gh[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    mean[r] = V::set1(f[r].mean), rstd[r] = V::set1(f[r].rstd);
+    sum_g[r] = sum_gh[r] = 0;
   }
-  out.mean_g = T(sum_g / double(cols));
-  out.mean_gh = T(sum_gh / double(cols));
+  constexpr int64_t kColumns = 2 * kAdditions * V::kLanes;
+  for (int64_t b = 0; b < cols; b += kColumns) {
+    const int64_t end = least(cols, b + kColumns);
+    V g[kRows], gh[kRows];
+    for (int r = 0; r < kRows; ++r) g[r] = gh[r] = V::zero();
+    int64_t i = b;
+    for (; i + V::kLanes <= end; i += V::kLanes)
+      add_columns<kCenter, kParameters>(f, i, V::kLanes, weight, dweight, dbias, mean, rstd, g, gh);
+    if (i < end) add_columns<kCenter, kParameters>(f, i, end - i, weight, dweight, dbias, mean, rstd, g, gh);
+    for (int r = 0; r < kRows; ++r) sum_g[r] += double(reduce_add(g[r])), sum_gh[r] += double(reduce_add(gh[r]));
+  }
+  for (int r = 0; r < kRows; ++r) {
+    f[r].mean_g = T(sum_g[r] / double(cols));
+    f[r].mean_gh = T(sum_gh[r] / double(cols));
+  }
+}
+
+// Second pass, over n columns of a row: dx = rstd (g - mean(g) - h mean(g h)) + ds.
+template <bool kCenter, class E>
+inline Vec<Acc<E>> gradient(const GradientRow<E>& f, int64_t i, int64_t n, const Acc<E>* weight) {
+  using V = Vec<Acc<E>>;
+  const V mean = V::set1(f.mean), rstd = V::set1(f.rstd), h = normalized<kCenter>(f.s + i, n, mean, rstd);
+  V g = load_up_to(f.dy + i, n) * load_up_to(weight + i, n);
+  if constexpr (kCenter) g = g - V::set1(f.mean_g);
+  V dx = fma(h, V::set1(-f.mean_gh), g) * rstd;
+  if (f.ds) dx = dx + load_up_to(f.ds + i, n);
+  return dx;
+}
+
+template <bool kCenter, int kRows, class E>
+void bwd_rows(const NormArgs& a, int64_t first, const Acc<E>* weight, Acc<E>* dweight, Acc<E>* dbias) {
+  using T = Acc<E>;
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  const int64_t cols = a.cols;
+  GradientRow<E> f[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    f[r].dy = row_of<E>(a.dy, first + r);
+    f[r].s = row_of<E>(a.sum, first + r);
+    f[r].ds = a.ds.data ? row_of<E>(a.ds, first + r) : nullptr;
+    f[r].mean = kCenter ? static_cast<const T*>(a.mean)[first + r] : T(0);
+    f[r].rstd = static_cast<const T*>(a.rstd)[first + r];
+  }
+  if (dweight)
+    sum_rows<kCenter, true, kRows>(f, cols, weight, dweight, dbias);
+  else
+    sum_rows<kCenter, false, kRows>(f, cols, weight, dweight, dbias);
+  for (int r = 0; r < kRows; ++r) {
+    const GradientRow<E> row = f[r];
+    const E *next_dy = row_of<E>(a.dy, first + r + kRows), *next_s = row_of<E>(a.sum, first + r + kRows);
+    E* dx = static_cast<E*>(a.dx) + (first + r) * cols;
+    int64_t i = 0;
+    for (; i + kLanes <= cols; i += kLanes) {
+      __builtin_prefetch(next_dy + i);
+      __builtin_prefetch(next_s + i);
+      store_vec(gradient<kCenter>(row, i, kLanes, weight), dx + i);
+    }
+    if (i < cols) store_up_to(gradient<kCenter>(row, i, cols - i, weight), cols - i, dx + i);
+  }
 }
 
 template <bool kCenter, class E>
 void bwd(const NormArgs& a, int64_t chunk, void* scratch) {
   using T = Acc<E>;
-  constexpr int64_t kLanes = Vec<T>::kLanes;
-  const int64_t cols = a.cols, group = rows_of_group(a);
+  constexpr int kRows = 4;
+  constexpr int64_t kCacheBytes = 512 * 1024;  // of the L2 cache, for what the second pass reads again
   const int64_t begin = chunk * a.chunk_rows, end = least(a.rows, begin + a.chunk_rows);
-  const T* weight = parameter(a.weight, cols, T(1), static_cast<T*>(scratch));
+  const T* weight = parameter(a.weight, a.cols, T(1), static_cast<T*>(scratch));
   T *dweight = nullptr, *dbias = nullptr;
   if (a.partial) {
-    dweight = static_cast<T*>(a.partial) + 2 * chunk * cols;
-    dbias = dweight + cols;
-    for (int64_t i = 0; i < 2 * cols; ++i) dweight[i] = 0;
+    dweight = static_cast<T*>(a.partial) + 2 * chunk * a.cols;
+    dbias = dweight + a.cols;
+    for (int64_t i = 0; i < 2 * a.cols; ++i) dweight[i] = 0;
   }
-  for (int64_t first = begin; first < end; first += group) {
-    const int64_t rows = least(group, end - first);
-    Gradient<kCenter, E> f[kGroupRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = first + r;
-      f[r].dy = row_of<E>(a.dy, row);
-      f[r].s = row_of<E>(a.sum, row);
-      f[r].ds = a.ds.data ? row_of<E>(a.ds, row) : nullptr;
-      f[r].mean = kCenter ? static_cast<const T*>(a.mean)[row] : T(0);
-      f[r].rstd = static_cast<const T*>(a.rstd)[row];
-      if (a.partial)
-        sum_row<true>(f[r], cols, weight, dweight, dbias);
-      else
-        sum_row<false>(f[r], cols, weight, dweight, dbias);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const Gradient<kCenter, E> row = f[r];
-      E* dx = static_cast<E*>(a.dx) + (first + r) * cols;
-      int64_t i = 0;
-      for (; i + kLanes <= cols; i += kLanes) store_vec(row.dx(i, kLanes, weight), dx + i);
-      if (i < cols) store_up_to(row.dx(i, cols - i, weight), cols - i, dx + i);
-    }
-  }
+  int64_t row = begin;
+  if (2 * kRows * a.cols * int64_t(sizeof(E)) <= kCacheBytes)
+    for (; row + kRows <= end; row += kRows) bwd_rows<kCenter, kRows, E>(a, row, weight, dweight, dbias);
+  for (; row < end; ++row) bwd_rows<kCenter, 1, E>(a, row, weight, dweight, dbias);
 }
 
 // Columns [begin, end) of a parameter's gradient: the chunks' sums, added in their order.

@@ -974,3 +974,55 @@ SKINNY_BENCHMARKS = [
 
 # A prompt.
 PREFILL_BENCHMARKS = [SkinnyCase(256, n, k) for n, k in ((2304, 768), (3072, 768), (768, 3072))]
+
+
+@dataclass(frozen=True)
+class SoftmaxCase:
+    """Arguments of `softmax`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int = -1
+    scale: float = 3.0  # of the normal x
+    hidden: float = 0.0  # the share of elements that are -inf; where it is not 0, one whole row is
+    gaps: bool = False  # between rows
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+        """x."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator) * self.scale
+        if self.hidden > 0:
+            x[torch.rand(self.shape, generator=generator) < self.hidden] = float("-inf")
+            x.movedim(self.dim, -1)[..., 1, :] = float("-inf")
+        x = x.to(device, dtype)
+        if self.gaps:
+            padded = x.new_full((*self.shape[:-1], self.shape[-1] + 3), float("nan"))
+            padded[..., 2:-1] = x
+            return {"x": padded[..., 2:-1]}
+        return {"x": x}
+
+
+SOFTMAX = [
+    SoftmaxCase("one element", (50, 1)),
+    SoftmaxCase("rows of 7", (40, 7)),
+    SoftmaxCase("rows of 33", (3, 20, 33)),
+    SoftmaxCase("rows of 64", (64,)),
+    SoftmaxCase("rows of 100 with gaps", (4, 10, 100), gaps=True),
+    SoftmaxCase("rows of 512", (2, 3, 20, 512)),
+    SoftmaxCase("rows of 2049", (20, 2049)),
+    SoftmaxCase("rows of 50257", (3, 50257)),
+    SoftmaxCase("far apart", (30, 200), scale=40.0),
+    SoftmaxCase("some -inf", (30, 100), hidden=0.5),
+    SoftmaxCase("first axis", (70, 30), dim=0),
+    SoftmaxCase("an axis between, some -inf", (3, 40, 20), dim=1, hidden=0.3),
+]
+
+
+SOFTMAX_BENCHMARKS = {
+    "memory": [SoftmaxCase("8192x768", (8192, 768)), SoftmaxCase("128x50257", (128, 50257))],
+    "cache": [SoftmaxCase("12x256x256", (12, 256, 256))],
+    "short": [SoftmaxCase("64x768", (64, 768))],
+}

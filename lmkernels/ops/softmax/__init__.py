@@ -1,0 +1,3 @@
+from .api import softmax
+
+__all__ = ["softmax"]
