@@ -4,6 +4,8 @@
 #include <cstring>
 #include <limits>
 
+#include "fetch.h"
+
 #define LMK_BODY "attention_decode_body.h"
 #include "foreach_isa.h"
 

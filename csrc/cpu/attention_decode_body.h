@@ -8,6 +8,9 @@
 #include "vecmath.h"
 #include "gemm.h"
 #include "rows.h"
+#include "elements.h"
+#include "tails.h"
+#include "rotate.h"
 #include "row_products.h"
 
 namespace lmk {
@@ -16,7 +19,6 @@ namespace {
 
 constexpr int64_t kMostHeadDim = 256;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The part [begin, end) of a sequence's keys, and the rows, that a task works on.
@@ -83,21 +85,22 @@ inline char* cache_row(const DecodeArgs& a, const TokenRows& x, int64_t b, int64
   return const_cast<char*>(row);
 }
 
-// x (head_dim,) turned by the angle of its position (Su et al. 2021, arXiv:2104.09864).
+// A row (head_dim,) in `dtype` as T, rotated by the angle of its position where there are tables.
 template <class T>
-void rotate(const DecodeArgs& a, int64_t position, T* x) {
-  if (!a.cos) return;
-  T cos[kMostHeadDim / 2], sin[kMostHeadDim / 2];
-  const int64_t half = a.half_rotary, p = most(0, least(position, a.max_position - 1));
-  load_row(a.table_dtype, static_cast<const char*>(a.cos) + p * a.cos_stride, half, cos);
-  load_row(a.table_dtype, static_cast<const char*>(a.sin) + p * a.sin_stride, half, sin);
-  const int64_t stride = a.interleaved ? 2 : 1, second = a.interleaved ? 1 : half;
-  for (int64_t i = 0; i < half; ++i) {
-    T* pair = x + i * stride;
-    const T first = pair[0], last = pair[second];
-    pair[0] = first * cos[i] - last * sin[i];
-    pair[second] = last * cos[i] + first * sin[i];
+void load_rotated(const DecodeArgs& a, const void* row, int64_t position, T* x) {
+  if (!a.cos) return load_row(a.dtype, row, a.head_dim, x);
+  T cos[kMostHeadDim], sin[kMostHeadDim], plain[kMostHeadDim];
+  const int64_t pairs = a.half_rotary, p = most(0, least(position, a.max_position - 1));
+  load_row(a.table_dtype, static_cast<const char*>(a.cos) + p * a.cos_stride, pairs, cos);
+  load_row(a.table_dtype, static_cast<const char*>(a.sin) + p * a.sin_stride, pairs, sin);
+  load_row(a.dtype, row, a.head_dim, plain);
+  if (a.interleaved) {
+    repeat_angles(pairs, cos, sin);
+    rotate_pairs(plain, cos, sin, 2 * pairs, x);
+  } else {
+    rotate_halves(plain, cos, sin, pairs, x);
   }
+  copy_row(plain + 2 * pairs, a.head_dim - 2 * pairs, x + 2 * pairs);
 }
 
 // x (n,) has room for whole vectors
@@ -122,15 +125,13 @@ void append_tokens(const DecodeArgs& a, int64_t b, int64_t hk, int64_t begin, in
     const char* new_key = token_row(a.k_new, b, j - s.before, hk);
     const char* new_value = token_row(a.v_new, b, j - s.before, hk);
     if constexpr (P::kElement == 1) {
-      load_row(a.dtype, new_key, a.head_dim, x);
-      rotate(a, j, x);
+      load_rotated(a, new_key, j, x);
       store_quantised(x, a.head_dim, key, cache_row(a, a.k_scale, b, hk, j));
       load_row(a.dtype, new_value, a.head_dim_v, x);
       store_quantised(x, a.head_dim_v, value, cache_row(a, a.v_scale, b, hk, j));
     } else {
       if (a.cos) {
-        load_row(a.dtype, new_key, a.head_dim, x);
-        rotate(a, j, x);
+        load_rotated(a, new_key, j, x);
         store_row(a.dtype, x, a.head_dim, key);
       } else {
         memcpy(key, new_key, size_t(a.head_dim * P::kElement));
@@ -299,8 +300,7 @@ void decode_attend(const DecodeArgs& a, int64_t index, void* scratch) {
     rows[r] = decode_row(a, t, r);
     T x[kMostHeadDim];
     for (int64_t c = a.head_dim; c < round_up(a.head_dim, P::kColumns); ++c) x[c] = 0;
-    load_row(a.dtype, token_row(a.q, t.b, rows[r].i, rows[r].h), a.head_dim, x);
-    rotate(a, rows[r].position, x);
+    load_rotated(a, token_row(a.q, t.b, rows[r].i, rows[r].h), rows[r].position, x);
     w.unit[r] = P::pack_query(x, round_up(a.head_dim, P::kColumns), w.q + r * w.q_ld);
     state.m[r] = -std::numeric_limits<T>::infinity();
     state.l[r] = 0;
@@ -404,14 +404,14 @@ constexpr DecodeKernels decode_kernels_of() {
 using CachedBf16 = Bf16Products;
 using CachedInt8 = Int8Products;
 #else
-using CachedBf16 = FmaProducts<float, Bf16>;
-using CachedInt8 = FmaProducts<float, int8_t>;
+using CachedBf16 = FmaProducts<Bf16>;
+using CachedInt8 = FmaProducts<int8_t>;
 #endif
 
 // One per CacheType, in its order.
-constexpr DecodeKernels kDecode[] = {decode_kernels_of<FmaProducts<float, float>>(), decode_kernels_of<CachedBf16>(),
-                                     decode_kernels_of<FmaProducts<float, F16>>(),
-                                     decode_kernels_of<FmaProducts<double, double>>(), decode_kernels_of<CachedInt8>()};
+constexpr DecodeKernels kDecode[] = {decode_kernels_of<FmaProducts<float>>(), decode_kernels_of<CachedBf16>(),
+                                     decode_kernels_of<FmaProducts<F16>>(),
+                                     decode_kernels_of<FmaProducts<double>>(), decode_kernels_of<CachedInt8>()};
 
 }  // namespace
 }  // namespace LMK_NS

@@ -1,6 +1,6 @@
 // A few rows against many rows that are read once, where they lie and in their own dtype, straight into registers:
-// dot products, and sums of the rows with weights. Included once per instruction set after rows.h, hence no include
-// guard.
+// dot products, and sums of the rows with weights. Included once per instruction set after elements.h and fetch.h, hence
+// no include guard.
 //
 // How an instruction set multiplies is a struct P:
 //   T, V              accumulator and its vector, in which results are handed over
@@ -15,79 +15,45 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-struct Bf16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(Bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
-inline float widen(F16 x) { return from_f16(x.bits); }
 inline float widen(int8_t x) { return float(x); }
 
-// One vector of elements, and its first n lanes with zeros behind them; reads nothing else.
+// The n < kLanes elements from p on, zeros in the lanes behind them; reads nothing else.
 #if LMK_LANES == 16
-inline __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
-
-inline Vec<float> load_wide(const float* p) { return Vec<float>::load(p); }
-inline Vec<float> load_wide(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
-inline Vec<double> load_wide(const double* p) { return Vec<double>::load(p); }
-inline Vec<double> load_wide(const double* p, int64_t n) {
-  return {_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p)};
-}
-inline Vec<float> widen_bf16(__m256i x) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
-}
-inline Vec<float> load_wide(const Bf16* p) {
-  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline Vec<float> load_wide(const Bf16* p, int64_t n) {
-  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
-}
-inline Vec<float> load_wide(const F16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-inline Vec<float> load_wide(const F16* p, int64_t n) {
-  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
-}
-inline Vec<float> load_wide(const int8_t* p) {
+inline Vec<float> load_vec(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-inline Vec<float> load_wide(const int8_t* p, int64_t n) {
+inline __mmask16 first_lanes(int64_t n) { return __mmask16((1u << n) - 1); }
+inline Vec<float> load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline Vec<double> load_first(const double* p, int64_t n) {
+  return {_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p)};
+}
+inline Vec<float> load_first(const Bf16* p, int64_t n) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Vec<float> load_first(const F16* p, int64_t n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))};
+}
+inline Vec<float> load_first(const int8_t* p, int64_t n) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))};
 }
 #else
 #if LMK_LANES == 8
-inline Vec<float> load_wide(const float* p) { return Vec<float>::load(p); }
-inline Vec<double> load_wide(const double* p) { return Vec<double>::load(p); }
-inline Vec<float> load_wide(const Bf16* p) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-}
-inline Vec<float> load_wide(const F16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-inline Vec<float> load_wide(const int8_t* p) {
+inline Vec<float> load_vec(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 #else
-template <class C>
-auto load_wide(const C* p) {
-  using T = decltype(widen(C{}));
-  T lanes[Vec<T>::kLanes];
-  for (int i = 0; i < Vec<T>::kLanes; ++i) lanes[i] = widen(p[i]);
-  return Vec<T>(Vec<T>::load(lanes));
+inline Vec<float> load_vec(const int8_t* p) {
+  float lanes[Vec<float>::kLanes];
+  for (int i = 0; i < Vec<float>::kLanes; ++i) lanes[i] = widen(p[i]);
+  return Vec<float>::load(lanes);
 }
 #endif
-template <class C>
-auto load_wide(const C* p, int64_t n) {
-  using T = decltype(widen(C{}));
-  T lanes[Vec<T>::kLanes] = {};
+template <class E>
+Vec<Acc<E>> load_first(const E* p, int64_t n) {
+  Acc<E> lanes[Vec<Acc<E>>::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
-  return Vec<T>(Vec<T>::load(lanes));
+  return Vec<Acc<E>>::load(lanes);
 }
 #endif
 
@@ -197,15 +163,15 @@ float quantise_row(const float* x, int64_t n, float most, I* y) {
 }
 
 // Everything in accumulator precision: rows are converted as they are loaded.
-template <class T_, class C>
+template <class E>
 struct FmaProducts {
-  using T = T_;
+  using T = LMK_NS::Acc<E>;
   using V = Vec<T>;
   using Query = T;
   using Weight = T;
   using Acc = V;
   using Row = V;
-  static constexpr int kElement = sizeof(C), kColumns = V::kLanes, kQueries = V::kLanes, kKeys = 1, kRegs = 1;
+  static constexpr int kElement = sizeof(E), kColumns = V::kLanes, kQueries = V::kLanes, kKeys = 1, kRegs = 1;
 
   static T pack_query(const T* x, int64_t n, Query* q) {
     for (int64_t i = 0; i < n; i += V::kLanes) V::load(x + i).store(q + i);
@@ -220,8 +186,8 @@ struct FmaProducts {
 
   static Acc zero() { return V::zero(); }
   static Row load_query(const Query* q) { return V::load(q); }
-  static Row load(const char* p) { return load_wide(reinterpret_cast<const C*>(p)); }
-  static Row load(const char* p, int64_t n) { return load_wide(reinterpret_cast<const C*>(p), n); }
+  static Row load(const char* p) { return load_vec(reinterpret_cast<const E*>(p)); }
+  static Row load(const char* p, int64_t n) { return load_first(reinterpret_cast<const E*>(p), n); }
   static Acc dot(Acc acc, Row a, Row b) { return fma(a, b, acc); }
 
   static void join(const Row* rows, Row* joined) { joined[0] = rows[0]; }
@@ -321,8 +287,8 @@ struct Int8Products : PairProducts {
 
 #endif
 
-inline void prefetch(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+inline void fetch_bytes(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) fetch_to_l2(row + i);
 }
 
 // s (kRows, s_ld) = q (kRows, q_ld) . rows[0 .. kLanes / kRows], of which the last may repeat. kWhole: columns is a
@@ -366,7 +332,7 @@ void dot_rows(const typename P::Query* q, int64_t q_ld, const char* const* rows,
   const bool whole = columns % P::kColumns == 0;
   for (int64_t j = 0; j < n; j += kMany) {
     if (next)
-      for (int i = 0; i < kMany; ++i) prefetch(next[j + i], next_bytes);
+      for (int i = 0; i < kMany; ++i) fetch_bytes(next[j + i], next_bytes);
     if (whole)
       dot_tile<P, kRows, true>(q, q_ld, rows + j, columns, s + j, s_ld);
     else
@@ -415,7 +381,7 @@ template <class P, int kRows, int kSteps, bool kWhole>
   const typename P::Weight* p = w.p + row * w.p_ld;
   for (int64_t j = 0; j < w.n; j += P::kKeys, ++p) {
     if (next)
-      for (int k = 0; k < P::kKeys; ++k) prefetch(next[j + k], w.next_bytes);
+      for (int k = 0; k < P::kKeys; ++k) fetch_bytes(next[j + k], w.next_bytes);
     typename P::Row weight[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) weight[r] = P::broadcast(p + r * w.p_ld);

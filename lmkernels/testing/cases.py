@@ -1026,3 +1026,25 @@ SOFTMAX_BENCHMARKS = {
     "cache": [SoftmaxCase("12x256x256", (12, 256, 256))],
     "short": [SoftmaxCase("64x768", (64, 768))],
 }
+
+
+def _decode(length: int, h: int, h_kv: int, d: int, **options) -> DecodeCase:
+    """The last of `length` tokens of one sequence, in a cache that is full with it."""
+    name = f"{length}-h{h}-kv{h_kv}-d{d}" + "".join(f"-{key}{value}" for key, value in options.items())
+    return DecodeCase(name, (length - 1,), h, d, h_kv=h_kv, room=0, **options)
+
+
+DECODE_BENCHMARKS = {
+    "long": [
+        case
+        for length in (4096, 32768)
+        for h, h_kv, d in ((12, 12, 64), (32, 8, 128))
+        for case in (_decode(length, h, h_kv, d), _decode(length, h, h_kv, d, page=16))
+    ],
+    "long, (b, s, h, d)": [_decode(32768, 12, 12, 64, layout="bshd"), _decode(32768, 32, 8, 128, layout="bshd")],
+    "one key head": [_decode(32768, 8, 1, 128)],
+    "speculative": [_decode(4096, 32, 8, 128, s_q=4)],
+    "short": [
+        case for length in (32, 256) for case in (_decode(length, 12, 12, 64), _decode(length, 12, 12, 64, rotary=64))
+    ],
+}

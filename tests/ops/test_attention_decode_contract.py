@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from lmkernels import attention_decode
-from lmkernels.ops.attention_decode.reference import quantise, rotate
+from lmkernels import attention_decode, rotary
+from lmkernels.ops.attention_decode.reference import quantise
 from lmkernels.testing import cases
 
 CASE = {case.name: case for case in cases.DECODE}
@@ -21,9 +21,9 @@ op = torch.ops.lmkernels.attention_decode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8], ids=str)
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("page", [None, 4])
-def test_only_the_new_rows_of_the_caches_change_and_they_hold_the_new_tokens(dtype, rotary, page, backend):
+def test_only_the_new_rows_of_the_caches_change_and_they_hold_the_new_tokens(dtype, rotated, page, backend):
     """The caches are slices of larger tensors, of which every other element keeps its bits."""
     b, s_new, h_kv, d, capacity = 3, 5, 2, 24, 40
     wide = torch.float32 if dtype == torch.int8 else dtype
@@ -39,9 +39,9 @@ def test_only_the_new_rows_of_the_caches_change_and_they_hold_the_new_tokens(dty
         arguments |= {"k_scale": scales[0], "v_scale": scales[1]}
     positions = lengths[:, None] + torch.arange(s_new)  # (b, s_new)
     rows = [x.clone() for x in new]
-    if rotary:
+    if rotated:
         arguments |= {"cos": torch.randn(capacity, 5).to(wide), "sin": torch.randn(capacity, 5).to(wide)}
-        rows[0] = rotate(new[0], arguments["cos"], arguments["sin"], False, positions).to(wide)
+        rows[0] = rotary(new[0], arguments["cos"], arguments["sin"], positions=positions, backend=backend)
     where = (torch.arange(b)[:, None].expand_as(positions), positions)
     if page is not None:
         where = table.long().gather(1, positions // page), positions % page
@@ -53,17 +53,6 @@ def test_only_the_new_rows_of_the_caches_change_and_they_hold_the_new_tokens(dty
 
     q = torch.randn(b, 1, 4, d).to(wide)
     attention_decode(q, *caches, lengths, k_new=new[0], v_new=new[1], **arguments)
-    if rotary:  # a product may be rounded once or twice
-        torch.testing.assert_close(
-            whole[0][:, 1:-1, 2:-1, 3:-4].transpose(1, 2)[where],
-            rows[0] if dtype != torch.int8 else quantise(rows[0])[0],
-            atol=1 if dtype == torch.int8 else 1e-2,
-            rtol=1e-2,
-        )
-        torch.testing.assert_close(scales[0], expected_scales[0])
-        for x in (whole[0], expected[0]):
-            x[:, 1:-1, 2:-1, 3:-4].transpose(1, 2)[where] = 0
-        scales[0] = expected_scales[0]
     for actual, wanted in zip(whole + scales, expected + expected_scales, strict=True):
         assert torch.equal(actual, wanted)
 

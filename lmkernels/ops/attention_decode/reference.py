@@ -6,25 +6,11 @@ import torch
 from torch import Tensor
 
 from ..attention import reference as attention
+from ..rotary import reference as rotary
 
 
 def unsupported(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     return None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, positions: Tensor) -> Tensor:
-    """x (b, s, h, d) with its first columns turned by the angles of positions (b, s); at least float32.
-
-    Su et al. 2021, arXiv:2104.09864.
-    """
-    acc = torch.promote_types(x.dtype, torch.float32)
-    positions = positions.clamp(0, cos.shape[0] - 1)
-    c, s = (table.to(acc)[positions][:, :, None] for table in (cos, sin))  # (b, s, 1, d_rot / 2)
-    turned, rest = x.to(acc).split((2 * c.shape[-1], x.shape[-1] - 2 * c.shape[-1]), -1)
-    first, second = turned.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turned.chunk(2, -1)
-    pair = (first * c - second * s, second * c + first * s)
-    turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((turned, rest), -1)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +60,7 @@ def forward(
     if s_new > 0:
         positions = before[:, None] + torch.arange(s_new, device=device)  # (b, s_new)
         if cos is not None:
-            k_new = rotate(k_new, cos, sin, interleaved, positions)
+            k_new = rotary.forward(k_new.to(acc), cos, sin, positions, interleaved)
         for cache, scales, new in ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new)):
             if scales is None:
                 cache.index_put_(where(positions), new.to(cache.dtype))
@@ -84,7 +70,8 @@ def forward(
                 scales.index_put_(where(positions), new_scales)
     diagonal = (total - s_q)[:, None] + torch.arange(s_q, device=device)  # (b, s_q): the positions of the queries
     if cos is not None:
-        q = rotate(q, cos, sin, interleaved, diagonal)
+        # a query that precedes its sequence sees nothing, whatever its angle
+        q = rotary.forward(q.to(acc), cos, sin, diagonal.clamp(0, cos.shape[0] - 1), interleaved)
 
     j = torch.arange(capacity, device=device)
     distance = diagonal[:, None, :, None] - j  # (b, 1, s_q, capacity)
