@@ -37,9 +37,9 @@ struct LossArgs {
   void* dhidden;  // (tokens, depth) T, or null
   void* dweight;  // (vocab, depth) in dweight_dtype, or null
   DType dweight_dtype;
-  uint16_t* dweight_low;  // (vocab, depth): where there are several chunks and dweight has 16 bits, the lower halves of
-                          // the float32 sums, whose upper halves dweight holds
-  double* dbias;          // (vocab,) sums, or null
+  uint8_t* dweight_low;  // (vocab, depth): where dweight has 16 bits and there are several chunks, their sums have 24,
+                         // the upper 16 in dweight and the rest here
+  double* dbias;         // (vocab,) sums, or null
 };
 
 struct LossKernels {

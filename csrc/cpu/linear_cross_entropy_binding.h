@@ -20,12 +20,14 @@ std::vector<int64_t> counted_tokens(const Tensor& labels, int64_t vocab, int64_t
 
 // Blocks and chunks follow from the shape alone, so the results do not depend on threads.
 void choose_loss_blocks(lmk::LossArgs& a, const lmk::LossKernels& kernels, int64_t count) {
-  constexpr int64_t kLogits = 96 << 20, kHalfLogits = 48 << 20;  // bytes of a chunk's logits
+  // Bytes of a chunk's logits. The weight and its gradient are read once per chunk, so large chunks are fast; where
+  // dweight has 16 bits its sums need memory beside them.
+  constexpr int64_t kLogits = 144 << 20, kLogitsBesideSums = 88 << 20;
   constexpr int64_t kMostTokens = 768, kBlocks = 64, kMostRows = 384, kSplits = 16, kCols = 384;
   const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
   int64_t most = kMostTokens;
   if (a.keep_logits) {
-    const int64_t bytes = a.dweight && lmk::element_size(a.dweight_dtype) == 2 ? kHalfLogits : kLogits;
+    const int64_t bytes = a.dweight && lmk::element_size(a.dweight_dtype) == 2 ? kLogitsBesideSums : kLogits;
     most = std::clamp(bytes / (a.vocab * kernels.accumulator_size) / kernels.panel * kernels.panel, kernels.panel,
                       kMostTokens);
   }
@@ -43,8 +45,8 @@ void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& 
   choose_loss_blocks(a, kernels, count);
   Tensor low, shared = torch::stable::new_empty(like, {kernels.shared(a)}, ScalarType::Byte);
   if (a.dweight && lmk::element_size(a.dweight_dtype) == 2 && count > a.capacity) {
-    low = torch::stable::new_empty(like, {a.vocab, a.depth}, ScalarType::Short);
-    a.dweight_low = static_cast<uint16_t*>(low.mutable_data_ptr());
+    low = torch::stable::new_empty(like, {a.vocab, a.depth}, ScalarType::Byte);
+    a.dweight_low = static_cast<uint8_t*>(low.mutable_data_ptr());
   }
   a.shared = shared.mutable_data_ptr();
   const int64_t scratch = kernels.scratch(a), blocks = (a.vocab + a.vocab_block - 1) / a.vocab_block;

@@ -16,6 +16,24 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
+// C = A B, or C += A B where add is set, in parts of the depth that join C one by one. The sums over tokens and over
+// the vocabulary hold a few large terms, the labels', among many small ones: each of these, added to one running sum,
+// would be rounded at the size of the large ones.
+template <class M>
+void gemm_in_parts(GemmArgs<M> g, int64_t rows, int64_t vecs, bool add) {
+  constexpr int64_t kPart = 256;
+  const int64_t depth = g.depth;
+  for (int64_t k = 0; k < depth; k += kPart) {
+    g.depth = depth - k < kPart ? depth - k : kPart;
+    if (add || k > 0)
+      gemm<M, Start::add>(g, rows, vecs);
+    else
+      gemm<M, Start::zero>(g, rows, vecs);
+    g.a += g.depth * g.a_depth;
+    g.b += g.depth * g.b_depth;
+  }
+}
+
 // The memory that the tasks of a call share.
 template <class M>
 struct LossMemory {
@@ -260,15 +278,16 @@ void add_to_dweight(const LossArgs& a, int64_t row, T* sums) {
       for (int64_t i = 0; i < n; ++i) out[i] += sums[i];
     return;
   }
-  uint16_t *high = reinterpret_cast<uint16_t*>(dweight), *low = a.dweight_low + at;
+  uint16_t* high = reinterpret_cast<uint16_t*>(dweight);
+  uint8_t* low = a.dweight_low + at;
   if constexpr (sizeof(T) == 4) {
     if (!a.first)
-      for (int64_t i = 0; i < n; ++i) sums[i] += from_bits(uint32_t(high[i]) << 16 | low[i]);
+      for (int64_t i = 0; i < n; ++i) sums[i] += from_bits(uint32_t(high[i]) << 16 | uint32_t(low[i]) << 8);
     if (a.last) return store_row(a.dweight_dtype, sums, n, high);
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = to_bits(sums[i]);
+      const uint32_t bits = to_bits(sums[i]) + 0x80u;
       high[i] = uint16_t(bits >> 16);
-      low[i] = uint16_t(bits);
+      low[i] = uint8_t(bits >> 8);
     }
   }
 }
@@ -304,7 +323,7 @@ void dweight_task(const LossArgs& a, int64_t task, void* scratch) {
       pack_derivatives<M>(n, vecs, derivatives, packed + token / M::kPack, ld);
     }
     if (!a.dweight) continue;
-    gemm<M, Start::zero>(g, n, m.width / kLanes);
+    gemm_in_parts<M>(g, n, m.width / kLanes, false);
     for (int64_t r = 0; r < n; ++r) add_to_dweight(a, row + r, sums + r * m.width);
   }
 }
@@ -321,6 +340,7 @@ void dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
   const int64_t begin = split * a.split_rows, end = least(a.vocab, begin + a.split_rows);
   const MatmulScratch<M> w(1, cols, end - begin, own);
   const Matrix weight{a.weight.data, a.weight.depth_stride, a.weight.line_stride, a.weight.dtype};
+  const auto* derivatives = reinterpret_cast<const typename M::Elem*>(m.logits);
   GemmArgs<M> g{};
   g.a_row = 1, g.a_depth = kPanel * M::kPack;
   g.c_row = m.width;
@@ -329,12 +349,9 @@ void dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
     pack_b<M>(weight, col, cols, k, n, w, g);
     g.depth = (n + M::kPack - 1) / M::kPack;
     for (int64_t token = 0; token < a.count; token += kPanel) {
-      g.a = reinterpret_cast<const typename M::Elem*>(m.logits + token * m.vocab + k * kPanel);
+      g.a = derivatives + token * m.vocab + k * kPanel;
       g.c = m.partial + (split * m.tokens + token) * m.width + col;
-      if (k == begin)
-        gemm<M, Start::zero>(g, least(kPanel, a.count - token), w.vecs);
-      else
-        gemm<M, Start::add>(g, least(kPanel, a.count - token), w.vecs);
+      gemm_in_parts<M>(g, least(kPanel, a.count - token), w.vecs, k > begin);
     }
   }
 }

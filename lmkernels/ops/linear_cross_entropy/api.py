@@ -46,7 +46,8 @@ def linear_cross_entropy(
     reference, which holds the logits.
 
     "mean" and "sum" compute the gradients together with the loss, from the same logits, and the backward only
-    multiplies them by the gradient that arrives. "none" computes the logits again in the backward.
+    multiplies them by the gradient that arrives; a 16-bit weight's gradient is rounded before that, and again after it
+    where the factor is no power of two. "none" computes the logits again in the backward.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them. Under
     torch.compile, where the values of labels are unknown, one that is out of range is a RuntimeError of the kernel.
