@@ -20,7 +20,7 @@ FOLDERS = ("ops", "models")
 
 
 def names() -> list[str]:
-    """Every benchmark: the modules of ops/, each with lines() to measure, and of models/, each with run(options)."""
+    """Every benchmark: the modules of ops/ and models/, each with run(options) or, where that is all, lines()."""
     here = Path(__file__).parent
     return sorted(path.stem for folder in FOLDERS for path in (here / folder).glob("*.py") if path.stem != "__init__")
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         cases=options.cases, dtypes=tuple(options.dtype or ("float32", "bfloat16")), seconds=options.seconds
     )
     module = load(options.name)
-    rows = harness.measure(module.lines(), chosen) if hasattr(module, "lines") else module.run(chosen)
+    rows = module.run(chosen) if hasattr(module, "run") else harness.measure(module.lines(), chosen)
     if options.base:
         rows = beside(rows, measure_revision(options.base, arguments))
     record = {"command": f"python -m benchmarks {shlex.join(arguments)}", **harness.conditions(), "rows": rows}
