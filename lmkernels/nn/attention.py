@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.attention import attention, attention_weights
-from ..ops.attention.checks import seed_tensor
+from ..ops.attention import attention
 from ..ops.attention_varlen import attention_varlen
 from ..ops.linear import linear
 from ..ops.output_projection import output_projection
-from ..ops.philox import attention_keep
 from ..ops.qkv_projection import qkv_projection
 from ._nested import Packed, pack
 from ._scope import is_for_torch
@@ -25,11 +24,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     smaller ones. Where this differs from torch:
 
     - a query that sees no key gets zeros, not NaN, and so do its weights;
-    - dropout draws other numbers (from Philox, with a seed from torch's generator);
+    - dropout draws other numbers (from Philox, with a seed from torch's generator) where no weights are needed;
     - the hint `is_causal` is trusted wherever it can save work, with padding masks and weights too;
     - nested tensors of either layout are taken for self-attention, the jagged one with gradients.
 
-    need_weights=True, torch's default, costs the memory and the time of the map; the output does not change.
+    need_weights=True, torch's default, costs the memory and the time of the map.
     """
 
     def forward(
@@ -63,18 +62,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         masks = self.masks(q, k, attn_mask, key_padding_mask, is_causal)
         k, v, masks = self._with_more_keys(k, v, masks)
         dropout_p = self.dropout if self.training else 0.0
-        seed = seed_tensor(dropout_p, None, q.device)
-        out = attention(q, k, v, **masks, dropout_p=dropout_p, seed=seed)  # (b, l, h, d)
-        out = self.project_out(self.tokens_like(query, out))
-        if not need_weights:
-            return out, None
-        weights = attention_weights(q, k, **masks)  # (b, h, l, s)
-        if dropout_p > 0:
-            keep = attention_keep(seed, *weights.shape, dropout_p)
-            weights = torch.where(keep, weights / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
-        if average_attn_weights:
-            weights = weights.mean(1)
-        return out, weights if batched else weights[0]
+        if need_weights:
+            out, weights = _with_weights(q, k, v, masks, dropout_p)
+            if average_attn_weights:
+                weights = weights.mean(1)
+            weights = weights if batched else weights[0]
+        else:
+            out, weights = attention(q, k, v, **masks, dropout_p=dropout_p), None  # (b, l, h, d)
+        return self.project_out(self.tokens_like(query, out)), weights
 
     def project_in(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, l, h, d), keys and values (b, s, h, d)."""
@@ -162,9 +157,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k, v = (torch.cat([x, x.new_zeros(b, 1, h, d)], 1) for x in (k, v))
         pad, mask, bias = (0, self._more_keys), masks["mask"], masks["bias"]
         if mask is not None:
-            mask = torch.nn.functional.pad(mask, pad, value=True)
+            mask = F.pad(mask, pad, value=True)
         if bias is not None:
-            bias = torch.nn.functional.pad(bias, pad)
+            bias = F.pad(bias, pad)
         return k, v, masks | {"mask": mask, "bias": bias}
 
     def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask) -> Tensor:
@@ -207,6 +202,37 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch = 0 if self.batch_first else 1
         if axes == 3 and query.shape[batch] != key.shape[batch]:
             raise ValueError(f"key must have query's batch size {query.shape[batch]}, got {tuple(key.shape)}")
+
+
+def _with_weights(q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any], dropout_p: float) -> tuple[Tensor, Tensor]:
+    """Attention (b, l, h, d) and its weights (b, h, l, s).
+
+    The kernel gives the softmax's denominators as well, which leaves one product and one exponential to the weights.
+    Where some are dropped, it is these that meet the values: to draw the kernel's numbers again would take longer.
+    """
+    if dropout_p > 0:
+        scores = _scores(q, k, **masks)
+        seen = scores.amax(-1, keepdim=True) > float("-inf")
+        weights = torch.softmax(scores.masked_fill(~seen, 0.0), -1).masked_fill(~seen, 0.0)
+        weights = F.dropout(weights, dropout_p).to(q.dtype)
+        return (weights @ v.transpose(1, 2)).transpose(1, 2), weights
+    out, lse = attention(q, k, v, **masks, return_lse=True)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # a query that sees no key has weights of 0
+    return out, _scores(q, k, **masks).sub_(lse[..., None]).exp_().to(q.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, *, causal: bool, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(b, h, l, s) in float32 (float64 for float64), -inf where a key is hidden."""
+    scores = (q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if bias is not None:
+        scores = scores.add_(bias)
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, float("-inf"))
+    if causal:
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill_(future, float("-inf"))
+    return scores
 
 
 def _check_mask(name: str, mask: Tensor, q: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
