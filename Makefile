@@ -11,6 +11,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 OTHER_TORCH ?= 2.14.1
 OTHER_VENV ?= .venv-torch-$(OTHER_TORCH)
 CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CXX_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*.h)
 # torch's build looks for ninja here
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -51,12 +52,12 @@ bench: install
 lint: install
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES) $(CXX_OF_TESTS)
 
 format: install
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
-	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES) $(CXX_OF_TESTS)
 
 # All but .venv, which only the network can bring back.
 clean:

@@ -64,7 +64,7 @@ def asan() -> Path:
 
 
 def sanitizer_environment(**variables: str) -> dict[str, str]:
-    """The environment of a Python that loads what is sanitized. Python itself never frees all, so leaks are not news."""
+    """Of a Python that loads what is sanitized. Python itself never frees all, so leaks are not news."""
     return {
         **os.environ,
         "LD_PRELOAD": str(asan()),
@@ -135,7 +135,7 @@ def _rules() -> str:
     library = objects(
         "sanitized/library",
         sorted(csrc.glob("*.cpp")),
-        ["-Og", *SANITIZED, *torch_includes, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
+        ["-Og", *SANITIZED, "-fno-sanitize=alignment", *torch_includes, "-DTORCH_TARGET_VERSION=0x020b000000000000"],
     )
     edge(
         "link",

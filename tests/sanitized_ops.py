@@ -1,6 +1,7 @@
-"""Runs every case of every op that has a native backend, forward and backward, for test_sanitizers.py.
+"""Runs the cases of every op that has a native backend, forward and backward, for test_sanitizers.py.
 
-    python sanitized_ops.py [poison]
+    python sanitized_ops.py float32 float64 ...    with inputs of these dtypes
+    python sanitized_ops.py poison                 what must end in a report
 
 This looks for accesses beyond memory and for undefined behaviour; that results are right, the ops' own tests show. What
 runs is written to stderr, so that it stands above a sanitizer's report.
@@ -9,43 +10,122 @@ runs is written to stderr, so that it stands above a sanitizer's report.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
-import lmkernels
+import lmkernels as lmk
 from lmkernels import _library
-from lmkernels.testing import cases, numerics
+from lmkernels.ops import _skinny  # noqa: F401
+from lmkernels.testing import cases
+from lmkernels.testing.numerics import attention_results, results
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu", "relu", "tanh")
 
 
-def attention(dtype: torch.dtype):
+def native(function):
+    return partial(function, backend="native")
+
+
+# One generator for each op: it runs a case and yields its name before.
+
+
+def attention(dtype: torch.dtype) -> Iterator[str]:
     for case in cases.ATTENTION:
-        yield case.name, lambda: numerics.attention_results(lmkernels.attention, case.make(dtype), backend="native")  # noqa: B023
+        yield case.name
+        attention_results(lmk.attention, case.make(dtype), backend="native")
+
+    def biased(q, k, v, table, **options):
+        bias = lmk.RelativeBias(table, bidirectional=not options["causal"], max_distance=64)
+        return lmk.attention(q, k, v, bias=bias, backend="native", **options)
+
+    for causal, h_kv in ((False, 4), (True, 2)):
+        yield f"relative bias, causal={causal}"
+        shapes = {"q": (2, 90, 4, 40), "k": (2, 77, h_kv, 40), "v": (2, 77, h_kv, 40), "table": (32, 4)}
+        inputs = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+        results(biased, inputs, inputs, causal=causal)
 
 
-# one for each op that has a native backend
-OPS = {"attention": attention}
+def attention_varlen(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.ATTENTION_VARLEN:
+        yield str(case)
+        attention_results(lmk.attention_varlen, case.make(dtype), backend="native")
 
 
-def run_every_case() -> None:
-    for op, runs in OPS.items():
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            for name, run in runs(dtype):
-                print(op, dtype, name, file=sys.stderr)
-                run()
+def embed(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.EMBED:
+        yield case.name
+        inputs, tables = case.make(dtype)
+        results(native(lmk.embed), inputs, tables)
+        results(native(lmk.add_positions), case.make_added(dtype), ["x", "table"], scale=1.5)
+
+
+def linear(dtype: torch.dtype) -> Iterator[str]:
+    small = [case for case in cases.LINEAR if case.d_in * case.d_out < 1e6]
+    for case, activation in zip(small, itertools.cycle(ACTIVATIONS)):
+        yield case.name
+        inputs = case.make(dtype)
+        inputs["residual"] = torch.randn(*case.lead, case.d_out).to(dtype)
+        results(native(lmk.linear), inputs, inputs, activation=activation)
+    for rows, d_in, d_out, layout in ((1, 100, 70, "rows"), (5, 33, 129, "columns"), (16, 770, 33, "padded")):
+        yield f"{rows} rows"
+        inputs = cases.LinearCase("few rows", (rows,), d_in, d_out, layout=layout).make(dtype)
+        torch.ops.lmkernels.skinny_linear_fwd(*inputs.values(), torch.randn(rows, d_out).to(dtype), 1)
+        torch.ops.lmkernels.skinny_linear_fwd(inputs["x"], inputs["weight"], None, None, 0)
+
+
+def mlp(dtype: torch.dtype) -> Iterator[str]:
+    def normal(*shape):
+        return torch.randn(shape).to(dtype)
+
+    for rows, d_model, d_ff in ((1, 40, 150), (70, 33, 97)):
+        yield f"{rows} rows"
+        x, w_in, w_out = normal(rows, d_model), normal(d_ff, d_model), normal(d_model, d_ff)
+        biases = {"b_in": normal(d_ff), "b_out": normal(d_model)}
+        inputs = {"x": x, "w_in": w_in, "w_out": w_out, "residual": x} | biases
+        results(native(lmk.mlp), inputs, inputs)
+        inputs = {"x": x, "w_gate": w_in, "w_up": normal(d_ff, d_model), "w_down": w_out, "residual": x}
+        results(native(lmk.swiglu_mlp), inputs, inputs)
+
+
+def qkv_projection(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.QKV:
+        yield case.name
+        inputs, options = case.make(dtype)
+        results(native(lmk.qkv_projection), inputs, inputs, **options)
+
+
+def rotary(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.ROTARY:
+        yield case.name
+        inputs, options = case.make(dtype)
+        results(native(lmk.rotary), inputs, ["x"], **options)
+
+
+OPS = {run.__name__: run for run in (attention, attention_varlen, embed, linear, mlp, qkv_projection, rotary)}
+
+
+def run_every_case(dtypes: list[str]) -> None:
+    for op, run in OPS.items():
+        for dtype in dtypes:
+            for case in run(getattr(torch, dtype)):
+                print(op, dtype, case, file=sys.stderr)
         print(op)
 
 
 def read_poisoned_memory() -> None:
-    """What must end in a report: the last key is out of bounds."""
+    """The last key is out of bounds."""
     q, k, v = (torch.randn(1, 8, 1, 16) for _ in range(3))
     ctypes.CDLL(None).__asan_poison_memory_region(ctypes.c_void_p(k[0, -1].data_ptr()), ctypes.c_size_t(64))
-    lmkernels.attention(q, k, v, backend="native")
+    lmk.attention(q, k, v, backend="native")
 
 
 if __name__ == "__main__":
     assert _library.native_error is None, _library.native_error
     assert b"__asan_init" in Path(_library.__file__).with_name("_C.so").read_bytes(), _library.__file__
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory holds NaN
-    read_poisoned_memory() if sys.argv[1:] == ["poison"] else run_every_case()
+    read_poisoned_memory() if sys.argv[1:] == ["poison"] else run_every_case(sys.argv[1:])

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path for path in (ROOT / "csrc/cpu").glob("*.cpp") if path.name != "bindings.cpp")
+MICRO = ROOT / "tests/micro/micro.cpp"
 
 
 def build_wheel(folder, **environment):
@@ -58,9 +59,10 @@ CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
 @pytest.mark.skipif(shutil.which(CROSS_COMPILER) is None, reason=f"{CROSS_COMPILER} is not installed")
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [*KERNELS, MICRO], ids=lambda path: path.name)
 def test_kernels_compile_for_aarch64(source, tmp_path):
-    flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-maybe-uninitialized"]
+    includes = [f"-I{ROOT}/csrc/cpu", f"-I{MICRO.parent}"]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-maybe-uninitialized", *includes]
     subprocess.run([CROSS_COMPILER, *flags, "-c", source, "-o", tmp_path / "kernel.o"], check=True)
 
 

@@ -28,9 +28,11 @@ def folder() -> Path:
 
 
 def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen:
+    """A Python that imports the package of the folder, and whose tests of tests/micro take the module there."""
+    variables |= {"LMKERNELS_MICRO": str(folder / "micro.so"), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *arguments],
-        env=native_build.sanitizer_environment(LMKERNELS_MICRO=str(folder / "micro.so"), **variables),
+        env=native_build.sanitizer_environment(**variables),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,13 +40,11 @@ def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.
     )
 
 
-def output_of(process: subprocess.Popen) -> str:
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-12000:]
-    return output
+def start_ops(folder: Path, *arguments: str, isa: str = "") -> subprocess.Popen:
+    return start(folder, TESTS / "sanitized_ops.py", *arguments, LMKERNELS_CPU_ISA=isa)
 
 
-IMPORT = "import numpy as np, sys; sys.path.insert(0, '.'); import micro; m = micro.generic; "
+IMPORT = "import numpy as np, micro; m = micro.generic; "
 BROKEN = {
     "heap-buffer-overflow": "m.load_row(1, np.zeros(7, np.uint16), 8, np.zeros(8, np.float32))",
     "signed integer overflow": "x = np.zeros(64, np.float32); m.gemm(0, 3, 1, 1, x, 2**62, 1, x, 4, 4, x, 4, x)",
@@ -59,26 +59,26 @@ def test_an_error_of_a_micro_kernel_is_reported(folder, report):
 
 
 def test_an_error_of_an_op_is_reported(folder):
-    process = start(folder, TESTS / "sanitized_ops.py", "poison", PYTHONPATH=str(folder))
+    process = start_ops(folder, "poison")
     output, _ = process.communicate()
     assert process.returncode != 0 and "use-after-poison" in output and "lmk::" in output
 
 
-def test_micro_kernels_are_clean(folder):
+def test_every_kernel_is_clean(folder):
+    """The micro-kernels on every instruction set, the ops on the best and on AVX2, all at the same time."""
     # --capture=sys leaves a sanitizer's report to us
-    command = ["-m", "pytest", TESTS / "micro", "-q", "--capture=sys", "-p", "no:cacheprovider"]
-    output = output_of(start(folder, *command, LMKERNELS_SWEEP_STRIDE="1000003"))
-    assert " passed" in output and " failed" not in output
-
-
-def test_ops_are_clean(folder):
-    """On the best instruction set and on AVX2, at the same time; the micro-kernels run on all."""
-    best = _library.cpu_isa() or "generic"
-    isas = {best} if best == "generic" else {best, "avx2"}
-    ops = TESTS / "sanitized_ops.py"
-    processes = [start(folder, ops, PYTHONPATH=str(folder), LMKERNELS_CPU_ISA=isa) for isa in isas]
-    for process in processes:
-        assert output_of(process).splitlines()[-1] == list(sanitized_ops.OPS)[-1]
+    micro = ["-m", "pytest", TESTS / "micro", "-q", "--capture=sys", "-p", "no:cacheprovider"]
+    processes = [
+        start(folder, *micro, LMKERNELS_SWEEP_STRIDE="1000003"),
+        start_ops(folder, "float32", "bfloat16", "float64"),
+    ]
+    if (_library.cpu_isa() or "generic") != "generic":
+        processes.append(start_ops(folder, "float16", isa="avx2"))
+    outputs = [process.communicate()[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-12000:]
+    assert " passed" in outputs[0]
+    assert all(output.split()[-1] == list(sanitized_ops.OPS)[-1] for output in outputs[1:])
 
 
 def test_every_native_op_is_among_them():

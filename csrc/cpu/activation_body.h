@@ -2,7 +2,7 @@
 // activation.h, hence no include guard.
 //
 // Tails come from formulas of their own, not from 1 minus something near 1, so gelu(-5) keeps its digits. The stated
-// errors are of float; tests/test_activation.py sweeps them on every instruction set. A call names its type,
+// errors are of float; tests/micro/test_micro_math.py sweeps them on every instruction set. A call names its type,
 // activate<float>(...), because generic vectors convert.
 
 namespace lmk {

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -41,7 +44,14 @@ void* thread_scratch(int64_t bytes) {
     buffer.size = bytes + kAlign;
   }
   const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data.get());
-  return reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
+  char* scratch = reinterpret_cast<char*>((address + kAlign - 1) / kAlign * kAlign);
+#ifdef __SANITIZE_ADDRESS__
+  // what an earlier call has left is neither in bounds nor worth reading: NaN
+  ASAN_UNPOISON_MEMORY_REGION(buffer.data.get(), size_t(buffer.size));
+  memset(scratch, 0xff, size_t(bytes));
+  ASAN_POISON_MEMORY_REGION(scratch + bytes, size_t(buffer.data.get() + buffer.size - (scratch + bytes)));
+#endif
+  return scratch;
 }
 
 // Runs task(i, scratch) for i in [0, count), each thread taking the next one when it is done: tasks differ in size

@@ -117,8 +117,7 @@ void add_products(py::module_& m, const lmk::MicroProducts& products) {
         run(static_cast<lmk::DType>(dtype), addresses(rows).data(), int64_t(rows.size()), n_cols, dst.mutable_data(),
             buffer.mutable_data());
       },
-      py::arg("dtype"), py::arg("rows"), py::arg("n_cols"), py::arg("dst").noconvert(),
-      py::arg("buffer").noconvert());
+      py::arg("dtype"), py::arg("rows"), py::arg("n_cols"), py::arg("dst").noconvert(), py::arg("buffer").noconvert());
 }
 
 void add_isa(py::module_& m, const lmk::Micro& micro) {
@@ -135,10 +134,9 @@ void add_isa(py::module_& m, const lmk::Micro& micro) {
   m.def("to_f16", py::vectorize(micro.to_f16));
   m.def("from_f16", py::vectorize(micro.from_f16));
   if (micro.transpose_tile != nullptr) {
-    m.def("transpose_tile", [run = micro.transpose_tile](const std::vector<py::array>& rows, int64_t k,
-                                                         Array<uint32_t>& dst, int64_t dst_ld) {
-      run(addresses(rows).data(), k, dst.mutable_data(), dst_ld);
-    });
+    m.def("transpose_tile",
+          [run = micro.transpose_tile](const std::vector<py::array>& rows, int64_t k, Array<uint32_t>& dst,
+                                       int64_t dst_ld) { run(addresses(rows).data(), k, dst.mutable_data(), dst_ld); });
   }
   if (micro.pack_row != nullptr) {
     m.def("pack_row", [run = micro.pack_row](const Array<float>& x, Array<uint32_t>& dst) {
@@ -151,8 +149,8 @@ void add_isa(py::module_& m, const lmk::Micro& micro) {
   }
   py::dict philox;  // {counters at once: function}
   for (const lmk::PhiloxFn& function : micro.philox) {
-    philox[py::int_(function.counters)] = py::cpp_function(
-        [function](uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
+    philox[py::int_(function.counters)] =
+        py::cpp_function([function](uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
           Array<uint32_t> words({function.counters, int64_t(4)});
           function.run(seed, first, c1, c2, c3, words.mutable_data());
           return words;

@@ -1,4 +1,4 @@
-"""The micro-kernels of each instruction set of this machine, without torch: the module that micro/bindings.cpp makes."""
+"""The micro-kernels of each instruction set of this machine, without torch: the module of micro/bindings.cpp."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// What the test-only module calls: vectors, products, rows and Philox of csrc/cpu as plain functions, one table for each
-// instruction set. Free of torch and of Python.
+// What the test-only module calls: vectors, products, rows and Philox of csrc/cpu as plain functions, one table for
+// each instruction set. Free of torch and of Python.
 #pragma once
 
 #include <cstdint>

@@ -46,12 +46,12 @@ struct Binary {
   static void run(const T* a, const T* b, int64_t n, T* y) { over_vectors(Binary{a, b}, n, y); }
 };
 
-#define LMK_UNARY(function_)           \
-  struct function_##_op {              \
-    template <class T>                 \
-    static Vec<T> apply(Vec<T> x) {    \
-      return function_(x);             \
-    }                                  \
+#define LMK_UNARY(function_)        \
+  struct function_##_op {           \
+    template <class T>              \
+    static Vec<T> apply(Vec<T> x) { \
+      return function_(x);          \
+    }                               \
   };
 #define LMK_BINARY(function_)                 \
   struct function_##_op {                     \
@@ -138,9 +138,9 @@ struct Products {
   using Acc = typename M::Acc;
 
   static void multiply(const GemmCall& c) {
-    const GemmArgs<M> args{static_cast<const E*>(c.a), c.a_row,   c.a_depth, static_cast<const E*>(c.b),
-                           c.b_depth,                  c.b_panel, static_cast<Acc*>(c.c), c.c_row,
-                           c.depth,                    static_cast<const Acc*>(c.factor)};
+    const GemmArgs<M> args{
+        static_cast<const E*>(c.a), c.a_row, c.a_depth, static_cast<const E*>(c.b),       c.b_depth, c.b_panel,
+        static_cast<Acc*>(c.c),     c.c_row, c.depth,   static_cast<const Acc*>(c.factor)};
     switch (static_cast<Start>(c.start)) {
       case Start::zero:
         return gemm<M, Start::zero>(args, c.rows, c.vecs);

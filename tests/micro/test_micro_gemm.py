@@ -1,4 +1,4 @@
-"""Register tiles of every size: exact on small integers, which leaves no room for a wrong index, and accurate on others.
+"""Register tiles of every size: exact on integers, which leaves no room for a wrong index, and accurate on others.
 
 Every operand is an array that ends with the last element that the product may read.
 """
@@ -100,9 +100,7 @@ def test_every_tile_is_exact(isa, elements, start, b_panels):
             for depth in (0, 1, 2, 7):
                 arrays = integers(elements, lanes_of(isa, elements), rows, vecs, depth)
                 c = multiply(isa, elements, *arrays, start, b_panels=b_panels)
-                np.testing.assert_array_equal(
-                    c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, depth {depth}"
-                )
+                np.testing.assert_array_equal(c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, {depth} deep")
 
 
 @elements_

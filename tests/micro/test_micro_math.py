@@ -38,7 +38,8 @@ def worst_ulps(function, exact, low=-math.inf, high=math.inf):
 
 
 def test_exp_is_as_exact_as_it_says(isa):
-    assert worst_ulps(isa.exp, np.exp, math.log(LEAST_NORMAL), 88.0) <= 1.5
+    fused = isa.float_lanes > 4
+    assert worst_ulps(isa.exp, np.exp, math.log(LEAST_NORMAL), 88.0) <= (1.2 if fused else 1.5)
 
 
 def test_exp_of_doubles_is_as_exact_as_it_says(isa):
@@ -71,7 +72,7 @@ def test_exp_for_bfloat16_weights_is_as_exact_as_it_says(isa):
 
 
 def test_tanh_is_as_exact_as_it_says(isa):
-    assert worst_ulps(isa.tanh, np.tanh) <= 2.0
+    assert worst_ulps(isa.tanh, np.tanh) <= 1.4
     x = np.linspace(-20.0, 20.0, DOUBLES)
     assert ulps(isa.tanh(x), np.tanh(x)).max() <= 3.0  # two of the standard library's functions
 
@@ -79,7 +80,7 @@ def test_tanh_is_as_exact_as_it_says(isa):
 def test_log_is_as_exact_as_it_says(isa):
     for x in floats(LEAST_NORMAL, float(np.finfo(np.float32).max)):
         exact = np.log(x.astype(np.float64))
-        limit = np.minimum(4e-8, np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64))
+        limit = np.minimum(2.6e-8, np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64))
         assert (np.abs(isa.log_row(x) - exact) <= limit).all()
     x = np.exp(np.linspace(-700.0, 700.0, DOUBLES))
     assert ulps(isa.log_row(x), np.log(x)).max() <= 2.0

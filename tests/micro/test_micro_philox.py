@@ -8,7 +8,7 @@ import torch
 
 from lmkernels.ops.philox import philox
 
-# The known answers of Random123, https://github.com/DEShawResearch/random123, file tests/kat_vectors: counter, key, words.
+# The known answers of Random123, https://github.com/DEShawResearch/random123, file tests/kat_vectors.
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),

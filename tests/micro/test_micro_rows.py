@@ -110,10 +110,15 @@ def test_rows_of_every_length_are_read_and_written_to_their_end(isa, dtype):
 
 PRODUCTS = {"float32": np.float32, "float64": np.float64, "bfloat16 pairs": np.uint32}
 # (elements of the product, dtype of the rows)
-PACKED = [("float32", F32), ("float32", BF16), ("float32", F16), ("float64", F64), ("bfloat16 pairs", BF16)]
-packed = pytest.mark.parametrize(
-    ("elements", "dtype"), PACKED, ids=["float32", "float32-bfloat16", "float32-float16", "float64", "bfloat16 pairs"]
-)
+PACKED = {
+    "float32": ("float32", F32),
+    "float32 of bfloat16": ("float32", BF16),
+    "float32 of float16": ("float32", F16),
+    "float64": ("float64", F64),
+    "bfloat16 pairs": ("bfloat16 pairs", BF16),
+    "bfloat16 pairs of float32": ("bfloat16 pairs", F32),
+}
+packed = pytest.mark.parametrize(("elements", "dtype"), PACKED.values(), ids=PACKED.keys())
 UNWRITTEN = 0x5A
 
 
@@ -147,7 +152,9 @@ def in_pairs(x, axis: int):
 
 def as_elements(rows: list, dtype: int, elements: str, pair_axis: int):
     x = np.stack(rows)
-    return in_pairs(x, pair_axis) if elements == "bfloat16 pairs" else to_float(dtype, x)
+    if elements != "bfloat16 pairs":
+        return to_float(dtype, x)
+    return in_pairs(bf16_bits(x) if dtype == F32 else x, pair_axis)
 
 
 def padded(x, shape: tuple):
@@ -181,9 +188,8 @@ def test_packed_columns_are_panels_that_are_zero_beyond_the_last_row(isa, elemen
             rows = rows_of(dtype, n, n_cols)
             columns = as_elements(rows, dtype, elements, 1).T  # (depth, n)
             depth, panels = columns.shape[0], -(-n // panel)
-            whole = (
-                -(-n // lanes) * lanes
-            )  # vectors that hold a row; what is beyond them in the last panel is not written
+            # the vectors that hold a row; what is beyond them in the last panel is not written
+            whole = -(-n // lanes) * lanes
             dst = fresh((panels, depth, panel), elements)
             buffer = fresh((lanes, -(-depth // 16) * 16), elements)
             isa.pack_columns(dtype, rows, n_cols, dst.ravel(), buffer.ravel())
