@@ -81,7 +81,7 @@ def build(*targets: str) -> list[Path]:
     if not (FOLDER / "build.ninja").exists() or (FOLDER / "build.ninja").read_text() != rules:
         (FOLDER / "build.ninja").write_text(rules)
     run = subprocess.run([_ninja(), "-C", FOLDER, *targets], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr
+    assert run.returncode == 0, run.stdout[:8000] + run.stderr
     return [FOLDER / target for target in targets]
 
 

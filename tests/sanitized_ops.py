@@ -56,6 +56,19 @@ def attention_varlen(dtype: torch.dtype) -> Iterator[str]:
         attention_results(lmk.attention_varlen, case.make(dtype), backend="native")
 
 
+def attention_decode(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.DECODE:
+        yield case.name
+        arguments = case.make(dtype)
+        lmk.attention_decode(**arguments, backend="native")
+        if dtype != torch.float64:  # the same with a cache of 8-bit integers
+            for name in ("k", "v"):
+                cache = arguments[f"{name}_cache"]
+                arguments[f"{name}_cache"] = torch.zeros_like(cache, dtype=torch.int8)
+                arguments[f"{name}_scale"] = torch.full(cache.shape[:3], 0.01)
+            lmk.attention_decode(**arguments, backend="native")
+
+
 def embed(dtype: torch.dtype) -> Iterator[str]:
     for case in cases.EMBED:
         yield case.name
@@ -78,6 +91,17 @@ def linear(dtype: torch.dtype) -> Iterator[str]:
         torch.ops.lmkernels.skinny_linear_fwd(inputs["x"], inputs["weight"], None, None, 0)
 
 
+def linear_cross_entropy(dtype: torch.dtype) -> Iterator[str]:
+    options = ({}, {"softcap": 5.0, "z_loss": 0.1}, {"label_smoothing": 0.1, "reduction": "none"})
+    for (rows, d, vocab), some in itertools.product(((1, 33, 7), (70, 40, 1003), (131, 64, 257)), options):
+        yield f"{rows} rows of {d}, {vocab} words, {some}"
+        labels = torch.randint(vocab, (rows,))
+        labels[::3] = -100
+        inputs = {"hidden": torch.randn(rows, d), "weight": torch.randn(vocab, d), "bias": torch.randn(vocab)}
+        inputs = {name: x.to(dtype) for name, x in inputs.items()}
+        results(native(lmk.linear_cross_entropy), {**inputs, "labels": labels}, inputs, **some)
+
+
 def mlp(dtype: torch.dtype) -> Iterator[str]:
     def normal(*shape):
         return torch.randn(shape).to(dtype)
@@ -92,11 +116,37 @@ def mlp(dtype: torch.dtype) -> Iterator[str]:
         results(native(lmk.swiglu_mlp), inputs, inputs)
 
 
+def norms(dtype: torch.dtype) -> Iterator[str]:
+    def layer_norm(x, residual=None, weight=None, bias=None):
+        return lmk.layer_norm(x, weight, bias, 1e-5, residual=residual, backend="native")
+
+    def rms_norm(x, residual=None, weight=None, bias=None):
+        return lmk.rms_norm(x, weight, 1e-5, residual=residual, backend="native")
+
+    for case in cases.NORM:
+        yield case.name
+        inputs = case.make(dtype)
+        results(layer_norm, inputs, inputs)
+        results(rms_norm, inputs, [name for name in inputs if name != "bias"])
+
+
 def qkv_projection(dtype: torch.dtype) -> Iterator[str]:
     for case in cases.QKV:
         yield case.name
         inputs, options = case.make(dtype)
         results(native(lmk.qkv_projection), inputs, inputs, **options)
+
+
+def quantize_weight(dtype: torch.dtype) -> Iterator[str]:
+    if dtype == torch.float64:
+        return
+    for kind, (rows, d_in, d_out) in itertools.product(
+        ("int8", "int4"), ((1, 33, 1), (3, 700, 70), (17, 131, 37), (70, 64, 130))
+    ):
+        yield f"{rows} rows, {kind}"
+        weight = lmk.quantize_weight(torch.randn(d_out, d_in), kind)
+        x, residual = torch.randn(rows, d_in).to(dtype), torch.randn(rows, d_out).to(dtype)
+        lmk.linear(x, weight, torch.randn(d_out).to(dtype), residual=residual, activation="gelu", backend="native")
 
 
 def rotary(dtype: torch.dtype) -> Iterator[str]:
@@ -106,7 +156,22 @@ def rotary(dtype: torch.dtype) -> Iterator[str]:
         results(native(lmk.rotary), inputs, ["x"], **options)
 
 
-OPS = {run.__name__: run for run in (attention, attention_varlen, embed, linear, mlp, qkv_projection, rotary)}
+OPS = {
+    run.__name__: run
+    for run in (
+        attention,
+        attention_decode,
+        attention_varlen,
+        embed,
+        linear,
+        linear_cross_entropy,
+        mlp,
+        norms,
+        qkv_projection,
+        quantize_weight,
+        rotary,
+    )
+}
 
 
 def run_every_case(dtypes: list[str]) -> None:

@@ -3,6 +3,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "fetch.h"
+#include "quantize_weight.h"
+
 #define LMK_BODY "micro_body.h"
 #include "foreach_isa.h"
 

@@ -1,10 +1,6 @@
 // The functions of micro.h for one instruction set; included by micro.cpp through foreach_isa.h.
 
-#include "vec.h"
-#include "vecmath.h"
-#include "activation_body.h"
-#include "gemm.h"
-#include "rows.h"
+#include "quantize_weight_body.h"  // and with it vec.h, vecmath.h, activation_body.h, gemm.h and rows.h
 #include "philox.h"
 
 namespace lmk {
@@ -162,6 +158,24 @@ struct Products {
   static constexpr MicroProducts table = {M::V::kLanes, multiply, rows, depth, columns};
 };
 
+// As quantized_tile goes through one group of weights.
+void integer_dot(int bits, const float* x, float factor, int zero, const uint8_t* weights, float* y) {
+  constexpr int kSteps = kWeightGroup / 4, kBytes = LMK_LANES * 4;
+  uint32_t words[2 * kSteps];
+  int32_t starts[2] = {0, 0};
+  Integers::pack(x, factor, zero, words, starts);
+  Integers::Sum sum = Integers::start(starts);
+  if (bits == 4)
+    for (int i = 0; i < kSteps / 2; ++i) {
+      const Integers::W w = Integers::load(weights + i * kBytes);
+      Integers::step(sum, Integers::low(w), words + 2 * i);
+      Integers::step(sum, Integers::high(w), words + 2 * i + kSteps);
+    }
+  else
+    for (int i = 0; i < kSteps; ++i) Integers::step(sum, Integers::load(weights + i * kBytes), words + 2 * i);
+  Integers::value(sum).store(y);
+}
+
 constexpr Micro kMicro[] = {{
     vectors_of_float(),
     vectors_of<double>(),
@@ -188,6 +202,7 @@ constexpr Micro kMicro[] = {{
     to_bf16,
     to_f16,
     from_f16,
+    integer_dot,
     {{1, philox<1>}, {4, philox<4>}, {16, philox<16>}},
 }};
 
