@@ -9,7 +9,7 @@
 #include "gemm.h"
 #include "rows.h"
 #include "elements.h"
-#include "tails.h"
+#include "passes.h"
 #include "rotate.h"
 #include "row_products.h"
 
@@ -410,8 +410,8 @@ using CachedInt8 = FmaProducts<int8_t>;
 
 // One per CacheType, in its order.
 constexpr DecodeKernels kDecode[] = {decode_kernels_of<FmaProducts<float>>(), decode_kernels_of<CachedBf16>(),
-                                     decode_kernels_of<FmaProducts<F16>>(),
-                                     decode_kernels_of<FmaProducts<double>>(), decode_kernels_of<CachedInt8>()};
+                                     decode_kernels_of<FmaProducts<F16>>(), decode_kernels_of<FmaProducts<double>>(),
+                                     decode_kernels_of<CachedInt8>()};
 
 }  // namespace
 }  // namespace LMK_NS

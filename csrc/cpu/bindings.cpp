@@ -101,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "attention_binding.h"
 #include "indices_binding.h"
 #include "linear_binding.h"
+#include "row_view_binding.h"
 #include "skinny_binding.h"
 
 #include "attention_decode_binding.h"
@@ -111,9 +112,4 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "qkv_projection_binding.h"
 #include "quantize_weight_binding.h"
 #include "rotary_binding.h"
-// after linear_binding.h, whose functions it uses
-#include "qkv_projection_binding.h"
-#include "row_view_binding.h"
-// after row_view_binding.h
-#include "norms_binding.h"
 #include "softmax_binding.h"

@@ -1,6 +1,6 @@
 // A few rows against many rows that are read once, where they lie and in their own dtype, straight into registers:
-// dot products, and sums of the rows with weights. Included once per instruction set after elements.h and fetch.h, hence
-// no include guard.
+// dot products, and sums of the rows with weights. Included once per instruction set after elements.h and fetch.h,
+// hence no include guard.
 //
 // How an instruction set multiplies is a struct P:
 //   T, V              accumulator and its vector, in which results are handed over
@@ -50,10 +50,10 @@ inline Vec<float> load_vec(const int8_t* p) {
 }
 #endif
 template <class E>
-Vec<Acc<E>> load_first(const E* p, int64_t n) {
-  Acc<E> lanes[Vec<Acc<E>>::kLanes] = {};
+Vec<Acc<E> > load_first(const E* p, int64_t n) {
+  Acc<E> lanes[Vec<Acc<E> >::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = widen(p[i]);
-  return Vec<Acc<E>>::load(lanes);
+  return Vec<Acc<E> >::load(lanes);
 }
 #endif
 
