@@ -1,4 +1,5 @@
 #include "attention_decode.h"
+#include "row_view.h"
 
 #include <cmath>
 #include <cstring>
