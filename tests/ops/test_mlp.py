@@ -105,7 +105,7 @@ def test_swiglu_gives_the_gradients_that_are_wanted(names, native):
         assert torch.equal(gradient, whole[name])
 
 
-@pytest.mark.parametrize("b_in, b_out, residual", product([True, False], repeat=3))
+@pytest.mark.parametrize("b_in, b_out, residual", list(product([True, False], repeat=3)))
 def test_biases_and_the_residual_may_be_left_out(b_in, b_out, residual, backend):
     inputs = mlp_inputs(torch.float64, rows=(2, 3))
     present = inputs | {
