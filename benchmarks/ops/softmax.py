@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from benchmarks import harness
 from lmkernels import softmax
 from lmkernels.testing import cases, numerics
+
+CHECKED_ROWS = 32  # float64 is slow
 
 
 def lines() -> list[harness.Line]:
@@ -29,11 +32,13 @@ def plain(x):
 
 
 def wrong(case: cases.SoftmaxCase, dtype: torch.dtype) -> str | None:
-    """Why the results of this case are wrong, or None: by the tests' rule, against float64."""
+    """Why the results of this case are wrong, or None: by the tests' rule, against float64, on some of the rows."""
     reference = partial(softmax, backend="reference")
-    rows = math.prod(case.shape[:-1])
+    case = replace(case, shape=(CHECKED_ROWS, case.shape[-1]))
     try:
-        numerics.assert_op_as_accurate(softmax, reference, plain, case.make(dtype), ["x"], dtype=dtype, samples=rows)
+        numerics.assert_op_as_accurate(
+            softmax, reference, plain, case.make(dtype), ["x"], dtype=dtype, samples=CHECKED_ROWS
+        )
     except AssertionError as error:
         return str(error)
     return None
