@@ -80,7 +80,6 @@ inline DecodeSequence decode_sequence(const DecodeArgs& a, int64_t before) {
 
 // Everything for one cache and instruction set. No function allocates, throws or starts threads.
 struct DecodeKernels {
-  int64_t accumulator_size;               // bytes
   int64_t (*scratch)(const DecodeArgs&);  // bytes of one thread, aligned to 64
   int64_t (*state)(const DecodeArgs&);    // bytes that one task leaves in partial
 

@@ -206,8 +206,8 @@ inline bool has_features(const DecodeArgs& a) {
   return a.softcap > 0 || a.slopes || a.k_scale.data || !(a.scale > 1e-30);
 }
 
-// s (n,), n in whole vectors: q . k of keys j0 .. j0 + n of a row, in units of `unit` and key_scale, becomes what the
-// softmax sees, up to the scale where there are no features; returns the largest.
+// s (n,), n in whole vectors: q . k of keys j0 .. j0 + n of a row, in units of `unit` times key_scale (or null),
+// becomes what the softmax sees, up to the scale where there are no features; returns the largest.
 template <class T>
 T finish_scores(const DecodeArgs& a, int64_t b, const DecodeRow& row, int64_t j0, int64_t n, T unit, const T* key_scale,
                 T* s) {
@@ -268,6 +268,7 @@ void finish_row(const DecodeArgs& a, int64_t b, const DecodeRow& row, T m, T l, 
   store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
 }
 
+// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`.
 template <class T>
 void gather_scales(const DecodeArgs& a, const TokenRows& x, const DecodeTask& t, int64_t j0, int64_t n, int64_t padded,
                    T* scales) {
@@ -396,8 +397,7 @@ void decode_finish(const DecodeArgs& a, int64_t index) {
 
 template <class P>
 constexpr DecodeKernels decode_kernels_of() {
-  return {sizeof(typename P::T), decode_scratch<P>, decode_state<P>,
-          decode_append<P>,      decode_attend<P>,  decode_finish<P>};
+  return {decode_scratch<P>, decode_state<P>, decode_append<P>, decode_attend<P>, decode_finish<P>};
 }
 
 #if LMK_BF16_DOT

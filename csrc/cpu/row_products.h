@@ -246,7 +246,7 @@ struct Bf16Products : PairProducts {
 };
 
 // int8 by vpdpwssd: queries and weights are 16-bit integers times a unit (one part in 32767 of the row's largest), sums
-// are exact. A sum of kDecodeBlock weights, or of 256 columns, stays far below 2^31.
+// are exact: of 256 products at most, which stay below 2^31.
 struct Int8Products : PairProducts {
   using Query = uint32_t;
   using Weight = uint32_t;
