@@ -156,6 +156,13 @@ def rotary(dtype: torch.dtype) -> Iterator[str]:
         results(native(lmk.rotary), inputs, ["x"], **options)
 
 
+def softmax(dtype: torch.dtype) -> Iterator[str]:
+    for case in cases.SOFTMAX:
+        yield case.name
+        results(native(lmk.softmax), case.make(dtype), ["x"], dim=case.dim)
+        lmk.softmax(case.make(dtype)["x"], case.dim, dtype=torch.promote_types(dtype, torch.float32), backend="native")
+
+
 OPS = {
     run.__name__: run
     for run in (
@@ -170,6 +177,7 @@ OPS = {
         qkv_projection,
         quantize_weight,
         rotary,
+        softmax,
     )
 }
 
