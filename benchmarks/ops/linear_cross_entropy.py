@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -55,10 +56,12 @@ def calls(case: cases.LossCase, dtype: torch.dtype, direction: str) -> dict[str,
     return {"ours": call(linear_cross_entropy), "F.linear, F.cross_entropy": call(eager)}
 
 
+@functools.cache
 def wrong(case: cases.LossCase, dtype: torch.dtype) -> str | None:
-    """Why loss or gradients are wrong, or None: a tenth of the tokens by the tests' rule (float64 holds all logits)."""
+    """Why loss or gradients are wrong, or None: the first tokens by the tests' rule (float64 holds all logits)."""
+    tokens = 64
     inputs = case.make(dtype)
-    part = inputs | {name: inputs[name][: case.t // 10] for name in ("hidden", "labels")}
+    part = inputs | {name: inputs[name][:tokens] for name in ("hidden", "labels")}
     try:
         numerics.assert_op_as_accurate(
             linear_cross_entropy,
@@ -67,7 +70,7 @@ def wrong(case: cases.LossCase, dtype: torch.dtype) -> str | None:
             part,
             ("hidden", "weight"),
             dtype=dtype,
-            samples=case.t // 10,
+            samples=tokens,
         )
     except AssertionError as error:
         return str(error)
