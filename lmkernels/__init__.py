@@ -1,5 +1,6 @@
 """Fast GPT- and BERT-class models in plain PyTorch: fused ops for the CPU and the GPU, and a thin model package."""
 
+from . import nn
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
 from .ops.attention_decode import attention_decode
