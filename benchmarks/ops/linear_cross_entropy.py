@@ -58,15 +58,15 @@ def calls(case: cases.LossCase, dtype: torch.dtype, direction: str) -> dict[str,
 
 @functools.cache
 def wrong(case: cases.LossCase, dtype: torch.dtype) -> str | None:
-    """Why loss or gradients are wrong, or None: the first tokens by the tests' rule (float64 holds all logits)."""
+    """Why losses or gradients are wrong, or None: the first tokens by the tests' rule (float64 holds all logits)."""
     tokens = 64
     inputs = case.make(dtype)
     part = inputs | {name: inputs[name][:tokens] for name in ("hidden", "labels")}
     try:
         numerics.assert_op_as_accurate(
-            linear_cross_entropy,
-            lambda **arguments: linear_cross_entropy(**arguments, backend="reference"),
-            lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight).float(), labels),
+            lambda **arguments: linear_cross_entropy(**arguments, reduction="none"),
+            lambda **arguments: linear_cross_entropy(**arguments, reduction="none", backend="reference"),
+            lambda hidden, weight, labels: F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="none"),
             part,
             ("hidden", "weight"),
             dtype=dtype,
