@@ -6,9 +6,9 @@ import torch
 class KVCache:
     """The keys and values of every layer.
 
-    Each layer holds two buffers (b, h, capacity, d), of which `update` hands out views (b, length, h, d):
-    a head's keys lie one after the other in memory, and the attention kernels take any stride.
-    The buffers double when they are full; nothing else ever copies them.
+    Each layer holds its keys and its values as (b, h, capacity, d), of which `update` hands out views
+    (b, length, h, d): a head's keys lie one after the other in memory, and the attention kernels take any stride.
+    The buffers double when they are full; `reorder` and `repeat` copy no more than the rows and tokens they must.
     `length` counts the tokens of finished forward passes, so a pass that is interrupted leaves no trace.
     """
 
@@ -21,6 +21,14 @@ class KVCache:
         """Hugging Face's name for `length`."""
         return self.length
 
+    def keys(self, layer: int) -> torch.Tensor:
+        """The buffer (b, h, capacity, d) of a layer that has been written; the first `length` places are tokens."""
+        return self._buffers[layer][0]
+
+    def values(self, layer: int) -> torch.Tensor:
+        """Like `keys`."""
+        return self._buffers[layer][1]
+
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes k, v (b, s, h, d) behind the tokens of one layer and returns all of them, (b, length + s, h, d).
 
@@ -31,18 +39,15 @@ class KVCache:
         buffer = self._buffers[layer]
         if buffer is None:
             self.capacity = max(self.capacity, end)
-            buffer = k.new_empty(2, b, h, self.capacity, d)
+            self._buffers[layer] = k.new_empty(2, b, h, self.capacity, d)
         elif (buffer.shape[1], buffer.shape[2], buffer.shape[4]) != (b, h, d):
             raise ValueError(
                 f"past_key_values was filled with batch, heads, head size "
                 f"{buffer.shape[1]}, {buffer.shape[2]}, {buffer.shape[4]}, got {b}, {h}, {d}"
             )
         elif buffer.shape[3] < end:
-            self.capacity = max(self.capacity, end, 2 * buffer.shape[3])
-            grown = buffer.new_empty(2, b, h, self.capacity, d)
-            grown[:, :, :, : self.length] = buffer[:, :, :, : self.length]
-            buffer = grown
-        self._buffers[layer] = buffer
+            self._grow(layer, max(self.capacity, end, 2 * buffer.shape[3]))
+        buffer = self._buffers[layer]
         buffer[0, :, :, self.length : end] = k.transpose(1, 2)
         buffer[1, :, :, self.length : end] = v.transpose(1, 2)
         keys, values = buffer[:, :, :, :end].transpose(2, 3)  # (b, length + s, h, d) each
@@ -52,7 +57,47 @@ class KVCache:
         """Counts s tokens, after every layer has written them."""
         self.length += s
 
-    def repeat_rows(self, n: int) -> None:
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` tokens in every layer that has been written, so that they can be written in place."""
+        for layer, buffer in enumerate(self._buffers):
+            if buffer is not None and buffer.shape[3] < length:
+                self._grow(layer, length)
+
+    def _grow(self, layer: int, capacity: int) -> None:
+        self.capacity = max(self.capacity, capacity)
+        buffer = self._buffers[layer]
+        grown = buffer.new_empty(*buffer.shape[:3], self.capacity, buffer.shape[4])
+        grown[:, :, :, : self.length] = buffer[:, :, :, : self.length]
+        self._buffers[layer] = grown
+
+    def crop(self, length: int) -> None:
+        """Forgets all but the first `length` tokens; a negative length counts from the end."""
+        if length < 0:
+            length += self.length
+        self.length = max(0, min(length, self.length))
+
+    def repeat(self, n: int) -> None:
         """Repeats every sequence n times, side by side: (b, ...) becomes (n b, ...)."""
-        if n > 1:
-            self._buffers = [buffer.repeat_interleave(n, dim=1) for buffer in self._buffers]
+        for layer, buffer in enumerate(self._buffers):
+            if buffer is not None and n > 1:
+                tokens = buffer[:, :, :, : self.length]
+                _, b, h, _, d = buffer.shape
+                repeated = buffer.new_empty(2, b, n, h, self.capacity, d)
+                repeated[:, :, :, :, : self.length] = tokens.unsqueeze(2)
+                self._buffers[layer] = repeated.flatten(1, 2)
+
+    def reorder(self, rows: torch.Tensor, start: int = 0) -> None:
+        """Sequence i becomes what sequence rows[i] was; with fewer rows than sequences the rest is dropped.
+
+        rows: (b',)  int64, b' <= b
+        start        the tokens before it are left as they are: each sequence shares them with the one it becomes
+        Only sequences that change are copied.
+        """
+        into = (rows != torch.arange(rows.numel(), device=rows.device)).nonzero().squeeze(1)
+        source = rows[into]
+        for layer, buffer in enumerate(self._buffers):
+            if buffer is not None:
+                tokens = buffer[:, :, :, start : self.length]
+                if into.numel() > 0:
+                    tokens.index_copy_(1, into, tokens.index_select(1, source))
+                self._buffers[layer] = buffer[:, : rows.numel()]

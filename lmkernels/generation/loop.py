@@ -107,7 +107,7 @@ def next_logits(model, tokens, mask, positions, length: int, cache: KVCache | No
         logits_to_keep=1,
     ).logits[:, -1]
     if first > 1:
-        cache.repeat_rows(first)
+        cache.repeat(first)
     return logits.float().repeat_interleave(first, 0)
 
 
