@@ -2,6 +2,7 @@
 
 from .cache import KVCache
 from .loop import generate
+from .outputs import GenerateOutput
 from .streaming import TextStreamer
 
-__all__ = ["KVCache", "TextStreamer", "generate"]
+__all__ = ["GenerateOutput", "KVCache", "TextStreamer", "generate"]

@@ -1,186 +1,191 @@
 """Writing tokens with a causal language model, with Hugging Face's arguments and defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .cache import KVCache
-from .sampling import check_sampling, sample
+from .beams import beam_search
+from .config import Settings, settings_for
+from .decoder import Decoder
+from .outputs import GenerateOutput
+from .plan import Plan
+from .prompts import as_batch, as_ends, check_tokens, total_length
+from .search import search
+from .speculative import Draft, PromptLookup, speculate
+from .stopping import EndToken, MaxTime, StopStrings
 
 
 @torch.no_grad()
 def generate(
     model,
-    input_ids: torch.Tensor | Sequence[Sequence[int] | torch.Tensor],
+    inputs: torch.Tensor | Sequence[Sequence[int] | torch.Tensor] | None = None,
+    generation_config=None,
     *,
+    input_ids: torch.Tensor | Sequence[Sequence[int] | torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
-    max_length: int | None = None,
-    max_new_tokens: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = 50,
-    top_p: float | None = 1.0,
-    num_return_sequences: int = 1,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-    use_cache: bool = True,
+    logits_processor: Sequence[Callable] | None = None,
+    stopping_criteria: Sequence[Callable] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+    assistant_model=None,
     streamer=None,
-) -> torch.Tensor:
+    tokenizer=None,
+    seed: int | None = None,
+    **settings,
+) -> torch.Tensor | GenerateOutput:
     """Continues every prompt until its end token or the maximal length.
 
-    input_ids: (b, s)       prompts, shorter ones padded on the left with attention_mask 0;
-                            or a list of b prompts of any lengths, which are padded here
+    Greedy search, sampling, beam search and beam sampling give Hugging Face's tokens on the same float32 weights, with
+    torch.manual_seed also the sampled ones. A setting that is not given comes from generation_config, else from
+    model.generation_config, else it has the default below, which is Hugging Face's; None switches a filter off.
+
+    inputs: (b, s)          prompts, shorter ones padded on the left with attention_mask 0; or a list of b prompts of
+                            any lengths, which are padded here; or None: the bos token. `input_ids` is the same.
     attention_mask: (b, s)  0 = padding; default: pad_token_id marks the padding when it is no end token
-    max_length              tokens with the prompt; default: the prompt and 20 more
-    max_new_tokens          tokens without the prompt; wins over max_length
-    do_sample               draw from the distribution; otherwise the most likely token is taken
-    temperature, top_k, top_p  narrow the distribution, in this order; 1.0, 0 and 1.0 leave it alone
-    num_return_sequences    samples per prompt, side by side in the result
-    eos_token_id            one or several; default: the model's; an empty list: never end early
-    pad_token_id            follows the end token in rows that are done; default: the model's, else the end token
+    generation_config       an object with the settings as attributes, or a dict
+    logits_processor        functions of (ids (rows, length), scores (rows, vocab)) that return new scores
+    stopping_criteria       functions of (ids, scores) that return a bool, or one per row
+    prefix_allowed_tokens_fn  function of (prompt number, ids (length,)) that returns the tokens that may follow
+    assistant_model         a smaller model of the same vocabulary that guesses ahead: speculative decoding, b = 1
+    streamer                its put(tokens) gets the prompts, then each step's tokens; then end() is called
+    tokenizer               for stop_strings: Hugging Face's, or one of the package tokenizers
     seed                    makes the draw repeatable by itself; without it torch.manual_seed rules
-    streamer                its put(tokens) gets the prompts, then each step's tokens (b,); then end() is called
+
+    Settings and defaults:
+    max_length                        tokens with the prompt; default: the prompt and 20 more
+    max_new_tokens                    tokens without the prompt; wins over max_length
+    min_length 0, min_new_tokens      no end token before
+    max_time                          seconds after which no further token is begun
+    stop_strings                      a text or several that end a row when they have been written
+    eos_token_id                      one or several; an empty list or None: never end early
+    pad_token_id                      follows the end in rows that are done; default: the end token
+    do_sample False                   draw from the distribution; otherwise the likeliest token is taken
+    temperature 1.0, top_k 50, top_p 1.0, min_p, typical_p 1.0, epsilon_cutoff 0.0, eta_cutoff 0.0
+                                      narrow the distribution, in this order
+    repetition_penalty 1.0            divides the scores of tokens that have occurred
+    presence_penalty 0.0, frequency_penalty 0.0
+                                      OpenAI's: subtracted from the scores of tokens that have been generated, once, and
+                                      once for each time
+    no_repeat_ngram_size 0, bad_words_ids, sequence_bias, suppress_tokens, begin_suppress_tokens, forced_bos_token_id,
+    forced_eos_token_id, exponential_decay_length_penalty, remove_invalid_values, renormalize_logits
+                                      as Hugging Face's
+    num_return_sequences 1            samples, or beams, per prompt, side by side in the result
+    num_beams 1, length_penalty 1.0, early_stopping False
+                                      beam search; early_stopping may be "never"
+    prompt_lookup_num_tokens, max_matching_ngram_size 2
+                                      guess ahead from the text so far: speculative decoding, b = 1
+    num_assistant_tokens 20, num_assistant_tokens_schedule "constant", assistant_confidence_threshold 0.4
+                                      how far assistant_model guesses
+    use_cache True                    keep keys and values
+    return_dict_in_generate False, output_scores False, output_logits False
+                                      return a GenerateOutput with these
+
     Returns (b * num_return_sequences, length), prompts included.
+    Raises ValueError or TypeError for bad arguments, NotImplementedError for settings of Hugging Face's that are absent
+    here, and FloatingPointError when the model's logits hold NaN.
     """
-    ends = as_ends(model.config.eos_token_id if eos_token_id is None else eos_token_id)
-    if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id
-    ids, mask = as_batch(input_ids, attention_mask, pad_token_id, ends, model.device)
-    if pad_token_id is None:
-        pad_token_id = ends[0] if ends else 0
-    check_tokens(ids, mask, model.config.vocab_size)
-    prompt = ids.shape[1]
-    total = total_length(prompt, int(mask.sum(-1).max()), max_length, max_new_tokens, model.config.n_positions)
-    if do_sample:
-        check_sampling(temperature, top_k, top_p)
-    check_return_sequences(num_return_sequences, do_sample)
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-
-    if streamer is not None:
-        streamer.put(ids.cpu())
-    ids = ids.repeat_interleave(num_return_sequences, 0)
-    rows = ids.shape[0]
-    tokens = torch.cat([ids, ids.new_full((rows, total - prompt), pad_token_id)], 1)  # (rows, total)
-    mask = mask.repeat_interleave(num_return_sequences, 0)
-    padded = not bool(mask.all())
-    mask = torch.cat([mask, mask.new_ones(rows, total - prompt)], 1)  # (rows, total)
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # (rows, total)
-    end_tokens = torch.tensor(ends, device=ids.device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=ids.device)
-    cache = KVCache(model.config.n_layer, capacity=total - 1) if use_cache else None
-
-    length = prompt
-    while length < total:
-        logits = next_logits(model, tokens, mask if padded else None, positions, length, cache, num_return_sequences)
-        if do_sample:
-            new = sample(logits, temperature, top_k, top_p, generator)  # (rows,)
-        else:
-            new = logits.argmax(-1)  # (rows,)
-        new = new.masked_fill(finished, pad_token_id)
-        tokens[:, length] = new
-        length += 1
-        if streamer is not None:
-            streamer.put(new.cpu())
-        if ends:
-            finished |= torch.isin(new, end_tokens)
-            if finished.all():
-                break
-    if streamer is not None:
-        streamer.end()
-    return tokens[:, :length]
+    s = settings_for(model, generation_config, settings)
+    plan = plan_for(
+        model,
+        s,
+        only_one(inputs, input_ids),
+        attention_mask,
+        as_list(logits_processor, "logits_processor"),
+        as_list(stopping_criteria, "stopping_criteria"),
+        prefix_allowed_tokens_fn,
+        streamer,
+        tokenizer,
+        seed,
+    )
+    check_assistant(model, plan, assistant_model)
+    plan.put(plan.ids.repeat_interleave(max(s.num_beams, s.num_return_sequences), 0))
+    decoder = Decoder(model, plan.mask, plan.total, s.use_cache)
+    if s.prompt_lookup_num_tokens is not None:
+        return speculate(plan, decoder, PromptLookup(s))
+    if assistant_model is not None:
+        return speculate(plan, decoder, Draft(plan, assistant_model))
+    return beam_search(plan, decoder) if s.num_beams > 1 else search(plan, decoder)
 
 
-def next_logits(model, tokens, mask, positions, length: int, cache: KVCache | None, samples: int) -> torch.Tensor:
-    """The float32 logits (rows, vocab) after the first `length` tokens; only what the cache lacks is computed.
-
-    A prompt that is sampled several times, `samples` rows side by side, is read once and its cache repeated.
-    """
-    past = cache.length if cache is not None else 0
-    first = samples if cache is not None and past == 0 else 1
-    logits = model(
-        tokens[::first, past:length],
-        past_key_values=cache,
-        attention_mask=None if mask is None else mask[::first, :length],
-        position_ids=positions[::first, past:length],
-        use_cache=cache is not None,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    if first > 1:
-        cache.repeat(first)
-    return logits.float().repeat_interleave(first, 0)
-
-
-def as_batch(input_ids, attention_mask, pad_token_id, ends, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts (b, s) int64 and their mask (b, s) bool, True = a token of the prompt."""
-    if isinstance(input_ids, torch.Tensor):
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be integers (b, s), got {input_ids.dtype} {tuple(input_ids.shape)}")
-        ids = input_ids.to(device, torch.long)
-        if attention_mask is None:
-            known = pad_token_id is not None and pad_token_id not in ends
-            return ids, ids != pad_token_id if known else torch.ones_like(ids, dtype=torch.bool)
-        if attention_mask.shape != ids.shape:
+def plan_for(model, s: Settings, inputs, attention_mask, custom, criteria, allowed, streamer, tokenizer, seed) -> Plan:
+    """Checks what the settings alone could not tell, and puts everything into its final form."""
+    config, ends = model.config, as_ends(s.eos_token_id)
+    ids, mask = as_batch(inputs, attention_mask, s.pad_token_id, s.bos_token_id, ends, model.device)
+    check_tokens(ids, mask, config.vocab_size)
+    longest = int(mask.sum(-1).max())
+    total = total_length(ids.shape[1], longest, s.max_length, s.max_new_tokens, config.n_positions)
+    if streamer is not None and s.num_beams > 1:
+        raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
+    stops: list[Callable] = []
+    if s.max_time is not None:
+        stops.append(MaxTime(s.max_time))
+    if s.stop_strings is not None:
+        if tokenizer is None:
             raise ValueError(
-                f"attention_mask must be {tuple(ids.shape)} like input_ids, got {tuple(attention_mask.shape)}"
+                "There are one or more stop strings, either in the arguments to `generate` or in the model's "
+                "generation config, but we could not locate a tokenizer. When generating with stop strings, you must "
+                "pass the model's tokenizer to the `tokenizer` argument of `generate`."
             )
-        return ids, attention_mask.to(device).bool()
-    if attention_mask is not None:
-        raise ValueError("attention_mask must be None when input_ids is a list of prompts: they are padded here")
-    if not input_ids or isinstance(input_ids[0], int):
-        raise ValueError(f"input_ids must be a tensor (b, s) or a list of prompts, got {input_ids!r:.60}")
-    prompts = [torch.as_tensor(prompt, dtype=torch.long, device=device) for prompt in input_ids]
-    width = max(prompt.numel() for prompt in prompts)
-    ids = torch.full((len(prompts), width), 0 if pad_token_id is None else pad_token_id, device=device)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - prompt.numel() :] = prompt
-        mask[row, width - prompt.numel() :] = True
-    return ids, mask
+        stops.append(StopStrings(s.stop_strings, tokenizer))
+    if ends:
+        stops.append(EndToken(ends, ids.device))
+    shown = s.return_dict_in_generate and (s.output_scores or s.output_logits)
+    return Plan(
+        settings=s,
+        ids=ids,
+        mask=mask,
+        total=total,
+        vocab=config.vocab_size,
+        ends=ends,
+        pad=s.pad_token_id if s.pad_token_id is not None else ends[0] if ends else 0,
+        criteria=stops + criteria,
+        custom=custom,
+        allowed=allowed,
+        generator=None if seed is None else torch.Generator(ids.device).manual_seed(seed),
+        streamer=streamer,
+        private=not (custom or criteria or allowed or shown),
+    )
 
 
-def as_ends(eos_token_id: int | Sequence[int] | None) -> list[int]:
-    if eos_token_id is None:
-        return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else [int(token) for token in eos_token_id]
+def only_one(inputs, input_ids):
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs and input_ids are the same argument: give one of them")
+    return input_ids if inputs is None else inputs
 
 
-def check_tokens(ids: torch.Tensor, mask: torch.Tensor, vocab_size: int) -> None:
-    if ids.shape[0] == 0 or not bool(mask.any(-1).all()):
-        raise ValueError(f"input_ids must hold a token or more per prompt, got an empty prompt in {tuple(ids.shape)}")
-    if not bool(mask[:, -1].all()):
-        raise ValueError("attention_mask must end in 1 in every row: pad prompts on the left")
-    prompt_ids = ids[mask]
-    low, high = int(prompt_ids.min()), int(prompt_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"input_ids must lie in [0, {vocab_size}) (vocab_size), got {low if low < 0 else high}")
+def as_list(functions, name: str) -> list[Callable]:
+    """Hugging Face's lists are lists; a single function will do."""
+    functions = [] if functions is None else list(functions) if isinstance(functions, list | tuple) else [functions]
+    if not all(callable(function) for function in functions):
+        raise TypeError(f"{name} must be a list of functions, got {functions!r:.80}")
+    return functions
 
 
-def total_length(prompt: int, longest: int, max_length, max_new_tokens, n_positions: int) -> int:
-    """Tokens per row at most, padding and prompt included; `longest` is the longest prompt without its padding."""
-    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    if max_new_tokens is None and max_length is None:
-        max_new_tokens = min(20, n_positions - longest)
-        if max_new_tokens < 1:
-            raise ValueError(f"input_ids must leave room below n_positions = {n_positions}, got {longest} tokens")
-    total = max_length if max_new_tokens is None else prompt + max_new_tokens
-    if total <= prompt:
-        raise ValueError(f"max_length must exceed the prompt's {prompt} tokens, got {total} (or give max_new_tokens)")
-    if total - prompt + longest > n_positions:
+def check_assistant(model, plan: Plan, assistant_model) -> None:
+    s = plan.settings
+    if assistant_model is None and s.prompt_lookup_num_tokens is None:
+        return
+    if assistant_model is not None:
+        if s.prompt_lookup_num_tokens is not None:
+            raise ValueError("assistant_model and prompt_lookup_num_tokens both guess ahead: give one of them")
+        if not isinstance(assistant_model, type(model)):
+            raise TypeError(f"assistant_model must be a {type(model).__name__}, got {type(assistant_model).__name__}")
+        if assistant_model.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"assistant_model must have the model's vocabulary of {model.config.vocab_size} tokens, "
+                f"got {assistant_model.config.vocab_size}"
+            )
+        if plan.total - 1 > assistant_model.config.n_positions:
+            raise ValueError(
+                f"assistant_model must reach the {plan.total} tokens of prompt and text, got n_positions = "
+                f"{assistant_model.config.n_positions}"
+            )
+    if s.num_beams > 1:
+        raise ValueError(f"num_beams must be 1 when doing assisted generate, got {s.num_beams}")
+    if s.num_return_sequences > 1:
         raise ValueError(
-            f"{'max_length' if max_new_tokens is None else 'max_new_tokens'} must keep prompt and new tokens within "
-            f"n_positions = {n_positions}, got {longest} + {total - prompt}"
+            f"num_return_sequences has to be 1 when doing assisted generate, but is {s.num_return_sequences}."
         )
-    return total
-
-
-def check_return_sequences(n: int, do_sample: bool) -> None:
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"num_return_sequences must be a positive whole number, got {n!r}")
-    if n > 1 and not do_sample:
-        raise ValueError(
-            "Greedy methods (do_sample != True) without beam search do not support "
-            f"`num_return_sequences` different than 1 (got {n})."
-        )
+    if plan.ids.shape[0] > 1:
+        raise ValueError("assisted generate is only supported for batch_size = 1")
+    if not s.use_cache:
+        raise ValueError("use_cache must be True: assisted decoding requires a cache")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lmkernels.generation import TextStreamer
-from lmkernels.generation.sampling import filter_logits
+from lmkernels.generation import TextStreamer, processors
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 
 VOCAB = 50
@@ -95,7 +94,8 @@ def test_lengths_follow_hugging_face(model, ids):
 
     assert length() == 8 + 20
     assert length(max_length=12) == 12
-    assert length(max_length=12, max_new_tokens=9) == 17
+    with pytest.warns(UserWarning, match="`max_new_tokens` will take precedence"):
+        assert length(max_length=12, max_new_tokens=9) == 17
     assert model.generate(ids.repeat(1, 5), eos_token_id=[]).shape[1] == 48
 
 
@@ -129,10 +129,14 @@ def test_hugging_face_writes_the_same_tokens(model, ids, tmp_path, options):
 
 def test_top_k_keeps_k_and_top_p_the_smallest_set_that_reaches_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert (filter_logits(logits, 1.0, 2, 1.0) > -torch.inf).tolist() == [[True, True, False, False]]
-    assert (filter_logits(logits, 1.0, 0, 0.7) > -torch.inf).tolist() == [[True, True, False, False]]
-    assert (filter_logits(logits, 1.0, None, 0.01) > -torch.inf).tolist() == [[True, False, False, False]]
-    torch.testing.assert_close(filter_logits(logits, 0.5, 0, 1.0), 2 * logits)
+    for kept, left in (
+        (processors.top_k(None, logits, 2), [True, True, False, False]),
+        (processors.top_p(None, logits, 0.7), [True, True, False, False]),
+        (processors.top_p(None, logits, 0.01), [True, False, False, False]),
+        (processors.top_p(None, logits, 0.01, at_least=3), [True, True, True, False]),
+    ):
+        assert (kept > -torch.inf).tolist() == [left]
+        assert torch.equal(kept[kept > -torch.inf], logits[0, : sum(left)])
 
 
 class Recorder:
@@ -180,7 +184,7 @@ def test_text_streamer_prints_whole_characters_only():
         ({"do_sample": True, "top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a positive whole number"),
         ({"max_new_tokens": 41}, r"max_new_tokens must keep .* within n_positions = 48, got 8 \+ 41"),
-        ({"max_length": 8}, "max_length must exceed the prompt's 8 tokens"),
+        ({"max_length": 8}, "Input length of input_ids is 8, but `max_length` is set to 8"),
         ({"max_length": 49}, "max_length must keep"),
         ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be"),
         ({"attention_mask": torch.tensor([[1] * 7 + [0]] * 3)}, "pad prompts on the left"),
@@ -198,6 +202,6 @@ def test_bad_arguments_are_named_errors(model, ids, options, message):
         model.generate(**({"input_ids": ids} | options))
 
 
-def test_unknown_argument_is_a_named_error(model, ids):
-    with pytest.raises(TypeError, match="num_beams"):
-        model.generate(ids, num_beams=4)
+def test_unknown_argument_is_named_in_hugging_faces_words(model, ids):
+    with pytest.raises(ValueError, match=r"The following `model_kwargs` are not used by the model: \['num_beam'\]"):
+        model.generate(ids, num_beam=4)

@@ -1,0 +1,57 @@
+"""What generation asks of a model: the logits that follow rows of tokens."""
+
+import torch
+
+from .cache import KVCache
+
+
+class Decoder:
+    """The logits of the next positions; owns the cache, the mask and the positions of every row.
+
+    This is the only place where generation calls the model: whatever has these methods decodes in its stead.
+
+    mask: (b, s)  bool, True = a token of the prompt
+    total         tokens per row at most, padding and prompt included
+    """
+
+    def __init__(self, model, mask: torch.Tensor, total: int, use_cache: bool = True):
+        self.model = model
+        self.cache = KVCache(model.config.n_layer, capacity=total - 1) if use_cache else None
+        self.mask = self.positions = None
+        if not bool(mask.all()):
+            self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], total - mask.shape[1])], 1)  # (b, total)
+            self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)  # (b, total)
+
+    def logits(self, ids: torch.Tensor, count: int = 1) -> torch.Tensor:
+        """The float32 logits (b, count, vocab) after each of the last `count` tokens of ids (b, s).
+
+        Only what the cache lacks is computed.
+        """
+        past, end = self.cache.length if self.cache is not None else 0, ids.shape[1]
+        return self.model(
+            ids[:, past:],
+            past_key_values=self.cache,
+            attention_mask=None if self.mask is None else self.mask[:, :end],
+            position_ids=None if self.positions is None else self.positions[:, past:end],
+            use_cache=self.cache is not None,
+            logits_to_keep=count,
+        ).logits.float()
+
+    def repeat(self, n: int) -> None:
+        """Every row n times, side by side."""
+        if self.mask is not None:
+            self.mask, self.positions = self.mask.repeat_interleave(n, 0), self.positions.repeat_interleave(n, 0)
+        if self.cache is not None:
+            self.cache.repeat(n)
+
+    def reorder(self, rows: torch.Tensor, start: int = 0) -> None:
+        """Row i becomes what row rows[i] was, see `KVCache.reorder`."""
+        if self.mask is not None:
+            self.mask, self.positions = self.mask[rows], self.positions[rows]
+        if self.cache is not None:
+            self.cache.reorder(rows, start)
+
+    def crop(self, length: int) -> None:
+        """Forgets what was computed for all but the first `length` tokens."""
+        if self.cache is not None:
+            self.cache.crop(length)
