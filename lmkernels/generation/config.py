@@ -135,8 +135,7 @@ def entries_of(config) -> dict:
 
 def models_own(model) -> dict:
     """model.generation_config, or where the checkpoint has none, the special tokens of its config."""
-    own = getattr(model, "generation_config", None)
-    if own is not None:
+    if own := getattr(model, "generation_config", None):
         return entries_of(own)
     names = ("eos_token_id", "pad_token_id", "bos_token_id")
     return {name: getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None}

@@ -112,7 +112,10 @@ def plan_for(model, s: Settings, inputs, attention_mask, custom, criteria, allow
     ids, mask = as_batch(inputs, attention_mask, s.pad_token_id, s.bos_token_id, ends, model.device)
     check_tokens(ids, mask, config.vocab_size)
     longest = int(mask.sum(-1).max())
-    total = total_length(ids.shape[1], longest, s.max_length, s.max_new_tokens, config.n_positions)
+    # Hugging Face's MaxLengthCriteria and EosTokenCriteria stand in for the settings
+    limits = [c.max_length for c in criteria if hasattr(c, "max_length")]
+    lengths = (limits[-1], None) if limits else (s.max_length, s.max_new_tokens)
+    total = total_length(ids.shape[1], longest, *lengths, config.n_positions)
     if streamer is not None and s.num_beams > 1:
         raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
     stops: list[Callable] = []
@@ -126,7 +129,7 @@ def plan_for(model, s: Settings, inputs, attention_mask, custom, criteria, allow
                 "pass the model's tokenizer to the `tokenizer` argument of `generate`."
             )
         stops.append(StopStrings(s.stop_strings, tokenizer))
-    if ends:
+    if ends and not any(hasattr(c, "eos_token_id") for c in criteria):
         stops.append(EndToken(ends, ids.device))
     shown = s.return_dict_in_generate and (s.output_scores or s.output_logits)
     return Plan(

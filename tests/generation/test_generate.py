@@ -7,25 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lmkernels.generation import TextStreamer, processors
-from lmkernels.models import GPT2Config, GPT2LMHeadModel
 
-VOCAB = 50
-
-
-@pytest.fixture(scope="module")
-def model() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCAB, n_positions=48, n_embd=24, n_layer=2, n_head=3, eos_token_id=VOCAB - 1)
-    model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(VOCAB - 1, (3, 8), generator=torch.Generator().manual_seed(2))
+from .conftest import VOCAB
 
 
 def test_greedy_takes_the_most_likely_token_each_time(model, ids):
@@ -97,34 +80,6 @@ def test_lengths_follow_hugging_face(model, ids):
     with pytest.warns(UserWarning, match="`max_new_tokens` will take precedence"):
         assert length(max_length=12, max_new_tokens=9) == 17
     assert model.generate(ids.repeat(1, 5), eos_token_id=[]).shape[1] == 48
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_new_tokens": 15},
-        {"do_sample": True},
-        {"do_sample": True, "temperature": 0.7, "top_k": 10, "top_p": 0.8, "num_return_sequences": 3},
-        {"do_sample": True, "top_k": 0, "top_p": 0.9, "max_length": 30},
-        {"do_sample": True, "eos_token_id": [5, 7, 9], "pad_token_id": 3, "max_new_tokens": 30},
-        {"do_sample": True, "attention_mask": "left", "num_return_sequences": 2},
-        {"attention_mask": "left", "use_cache": False},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_hugging_face_writes_the_same_tokens(model, ids, tmp_path, options):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    model.save_pretrained(tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    if "attention_mask" in options:
-        mask = torch.ones_like(ids)
-        mask[0, :4] = 0
-        mask[2, :7] = 0
-        options = options | {"attention_mask": mask}
-    torch.manual_seed(4)
-    expected = theirs.generate(ids, **options)
-    torch.manual_seed(4)
-    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def test_top_k_keeps_k_and_top_p_the_smallest_set_that_reaches_p():
