@@ -1,8 +1,7 @@
 """GPT-2 (Radford et al. 2019) on lmkernels' attention, with Hugging Face's names for weights and arguments."""
 
 import math
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from ..ops.mlp import mlp
 from ..ops.norms import layer_norm
 from ..ops.output_projection import output_projection
 from ..ops.qkv_projection import qkv_projection
-from . import checkpoint
 from .outputs import CausalLMOutput
+from .pretrained import PretrainedConfig, PretrainedModel
 
 # Hugging Face's names, and those of `mlp`
 ACTIVATIONS = {
@@ -39,7 +38,7 @@ SIZES = {
 
 
 @dataclass
-class GPT2Config:
+class GPT2Config(PretrainedConfig):
     """The shape and constants of a GPT-2; names and defaults are Hugging Face's.
 
     n_inner: width of the feed-forward layer, 4 * n_embd when None.
@@ -81,6 +80,11 @@ class GPT2Config:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the fresh projections back into the residual stream."""
+        return self.initializer_range / math.sqrt(2 * self.n_layer)
+
     @classmethod
     def from_name(cls, name: str, **overrides) -> "GPT2Config":
         """The configuration of a released size: gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
@@ -89,24 +93,21 @@ class GPT2Config:
         return cls(**(SIZES[name] | overrides))
 
     @classmethod
-    def from_dict(cls, entries: dict) -> "GPT2Config":
-        """Reads the entries of a config.json; those that do not touch the language model are left out."""
-        if (model_type := entries.get("model_type", "gpt2")) != "gpt2":
-            raise ValueError(f"the checkpoint must hold a model of type 'gpt2', got {model_type!r}")
+    def from_dict(cls, entries: dict, **overrides) -> "GPT2Config":
         if entries.get("add_cross_attention"):
             raise NotImplementedError("add_cross_attention must be false: cross attention is not supported")
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in entries.items() if name in known})
-
-    def to_dict(self) -> dict:
-        return {"model_type": self.model_type, **asdict(self)}
+        return super().from_dict(entries, **overrides)
 
 
 class Conv1D(nn.Module):
-    """The weights of a linear layer as GPT-2 checkpoints store them: weight (d_in, d_out), bias (d_out,)."""
+    """The weights of a linear layer as GPT-2 checkpoints store them: weight (d_in, d_out), bias (d_out,).
 
-    def __init__(self, d_out: int, d_in: int):
+    std: of the fresh weights
+    """
+
+    def __init__(self, d_out: int, d_in: int, std: float):
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(d_in, d_out))
         self.bias = nn.Parameter(torch.zeros(d_out))
 
@@ -125,8 +126,8 @@ class GPT2Attention(nn.Module):
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd, config.initializer_range)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd, config.residual_std)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, residual, mask, cache):
@@ -144,8 +145,8 @@ class GPT2MLP(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         d_ff = config.n_inner or 4 * config.n_embd
-        self.c_fc = Conv1D(d_ff, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, d_ff)
+        self.c_fc = Conv1D(d_ff, config.n_embd, config.initializer_range)
+        self.c_proj = Conv1D(config.n_embd, d_ff, config.residual_std)
         self.activation = ACTIVATIONS[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -202,49 +203,35 @@ class GPT2Model(nn.Module):
         return normed(self.ln_f, x)
 
 
-class GPT2LMHeadModel(nn.Module):
+class GPT2LMHeadModel(PretrainedModel):
     """GPT-2 with its language modelling head, tied to the token embedding by default.
 
     Fresh weights follow the GPT-2 paper: N(0, 0.02), the projections back into the residual stream
     N(0, 0.02 / sqrt(2 n_layer)), biases 0.
     """
 
-    main_input_name = "input_ids"
-    # tells Hugging Face's Trainer that forward takes num_items_in_batch
+    config_class = GPT2Config
+    base_model_prefix = "transformer"
+    # tells Hugging Face's Trainer that forward takes num_items_in_batch, and that it shifts the labels
     accepts_loss_kwargs = True
+    loss_type = "ForCausalLM"
     generate = generate
+    _input_embeddings = "wte"
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _keys_to_ignore_on_load_unexpected = (r"\.attn\.(masked_)?bias$",)
+    _heads = ("lm_head.", "score.", "classifier.", "multiple_choice_head.")
 
     def __init__(self, config: GPT2Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.tie_weights()
-        self._init_weights()
+        self.post_init()
 
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
-
-    @torch.no_grad()
-    def _init_weights(self):
-        std = self.config.initializer_range
-        for name, parameter in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                parameter.normal_(0, std / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() == 2:
-                parameter.normal_(0, std)
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.wte.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.wte.weight.dtype
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            module.weight.normal_(0.0, module.std)
+            module.bias.zero_()
 
     def forward(
         self,
@@ -301,29 +288,6 @@ class GPT2LMHeadModel(nn.Module):
             if position_ids is not None:
                 check_range("position_ids", position_ids, self.config.n_positions, "n_positions")
         return cache
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes config.json and model.safetensors into the folder `path`, as Hugging Face lays them out.
-
-        Both files are complete before either takes its name. A tied head is left out.
-        """
-        checkpoint.save(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype | str | None = None) -> "GPT2LMHeadModel":
-        """Loads the folder `path` (config.json and model.safetensors) in evaluation mode.
-
-        dtype: of the weights; None keeps the checkpoint's.
-        Names without the prefix `transformer.` and the `attn.bias` buffers of old checkpoints are understood.
-        """
-        return checkpoint.load(cls, GPT2Config, path, dtype)
-
-    @staticmethod
-    def rename_checkpoint_key(name: str) -> str | None:
-        """The parameter that a tensor of a checkpoint belongs to, or None if it is to be ignored."""
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            return None
-        return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def causal_lm_loss(hidden, weight, labels, num_items_in_batch=None):
