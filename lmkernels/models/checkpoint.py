@@ -109,7 +109,7 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     name = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if name is None:
         raise FileNotFoundError(
-            f"the checkpoint {str(folder)!r} has no weights: {WEIGHTS}, its shards with {WEIGHTS}.index.json, or {PICKLE}"
+            f"the checkpoint {str(folder)!r} has no weights: {WEIGHTS}, its shards with an index, or {PICKLE}"
         )
     if not name.endswith(".json"):
         return {folder / name: None}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, quantized
 from .checkpoint import Weights, listed
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ class PretrainedModel(nn.Module):
             raise TypeError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
         self.generation_config: dict = {}
+        self.quantization: str | None = None
 
     def post_init(self) -> None:
         """Ties what is tied and initialises every module: the end of a subclass's __init__."""
@@ -114,21 +115,31 @@ class PretrainedModel(nn.Module):
 
     def tie_weights(self) -> None:
         for name, source in self.tied_weights.items():
-            module, _, parameter = name.rpartition(".")
-            setattr(self.get_submodule(module), parameter, self.get_parameter(source))
+            (module, _, parameter), (source, _, original) = name.rpartition("."), source.rpartition(".")
+            setattr(self.get_submodule(module), parameter, getattr(self.get_submodule(source), original))
 
     def state_dict(self, *args, prefix: str = "", **kwargs):
         """torch's, without what is tied: it is there under the name of what it is tied to."""
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         for name in self.tied_weights:
-            state.pop(prefix + name, None)
+            for part in ("", *quantized.PARTS):
+                state.pop(f"{prefix}{name}{part}", None)
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, source in self.tied_weights.items():
-            if prefix + source in state_dict:
-                state_dict.setdefault(prefix + name, state_dict[prefix + source])
+            for part in ("", *quantized.PARTS):
+                if (tensor := state_dict.get(f"{prefix}{source}{part}")) is not None:
+                    state_dict.setdefault(f"{prefix}{name}{part}", tensor)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def train(self, mode: bool = True):
+        if mode and self.quantization is not None:
+            raise ValueError(
+                f"a model whose weights are {self.quantization} is for inference and has no gradients: load the "
+                "original without quantize to train it"
+            )
+        return super().train(mode)
 
     @property
     def base_model(self) -> nn.Module:
@@ -151,7 +162,14 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(x.numel() for x in self.parameters() if x.requires_grad or not only_trainable)
+        """How many numbers the parameters have; quantised ones count as what they stand for."""
+        count = sum(x.numel() for x in self.parameters() if x.requires_grad or not only_trainable)
+        return count if only_trainable else count + sum(weight.shape.numel() for weight in quantized.weights(self))
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all parameters and buffers."""
+        tensors = [*self.parameters(), *self.buffers(), *quantized.weights(self)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def save_pretrained(self, path: str | Path, *, max_shard_size: int | str = "50GB") -> None:
         """Writes config.json and model.safetensors into the folder `path`, as Hugging Face lays them out.
@@ -162,6 +180,7 @@ class PretrainedModel(nn.Module):
         config = self.config.to_dict() | {
             "architectures": [type(self).__name__],
             "dtype": str(self.dtype).removeprefix("torch."),
+            **quantized.entry(self),
         }
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         checkpoint.save(path, config, self.generation_config, tensors, max_shard_size)
@@ -180,26 +199,31 @@ class PretrainedModel(nn.Module):
         path: a folder with config.json and the weights, or a name on the Hugging Face hub, which huggingface_hub
             downloads and keeps
         dtype: of the weights; None or "auto" keeps the checkpoint's
+        quantize: "int8" or "int4", for inference: the weights of all linear layers, the head with a token embedding
+            that it shares among them, are packed by `lmkernels.quantize_weight`. save_pretrained writes them as they
+            are, and from_pretrained maps such a file into memory, without quantising again.
         config_overrides: entries of the configuration that replace the checkpoint's, such as num_labels=2
 
         Everything is checked before anything is read: ValueError, TypeError or FileNotFoundError names what is wrong
         with the files. Nothing in them is executed.
         """
-        if quantize is not None:
-            raise NotImplementedError(f"quantize must be None, got {quantize!r}")
+        quantized.check_kind(quantize)
         dtype = checkpoint.named_dtype(dtype)
         folder = checkpoint.find(path)
         entries = checkpoint.read_config(folder)
         cls.config_class.check_model_type(entries)
         config = cls.config_class.from_dict(entries, **config_overrides)
+        packed = quantized.kind_of(entries, quantize)
         generation_config = checkpoint.read_generation_config(folder)
         with torch.device("meta"):
             model = cls(config)
+            if packed:
+                quantized.quantize(model, packed)
         with Weights(folder) as weights:
             sources, fresh = model._match(weights)
             if dtype is None:
-                floats = (weights[name].dtype for name in sources.values())
-                dtype = next((dtype for dtype in floats if dtype.is_floating_point), torch.float32)
+                found = (weights[sources[name]].dtype for name, _ in model.named_parameters() if name in sources)
+                dtype = next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
             model.to(dtype).to_empty(device="cpu")
             model.tie_weights()
             with torch.no_grad():
@@ -207,14 +231,18 @@ class PretrainedModel(nn.Module):
                     own = {f"{name}.{parameter}".lstrip(".") for parameter in module._parameters}
                     if own & fresh or module._non_persistent_buffers_set:
                         model._init_weights(module)
-                for name, tensor in model.state_dict().items():
+                if packed:
+                    quantized.map_weights(model, weights, sources)
+                for name, parameter in model.named_parameters():
                     if name in sources:
-                        tensor.copy_(weights[sources[name]])
+                        parameter.copy_(weights[sources[name]])
         if fresh:
             warnings.warn(
                 f"the checkpoint {str(path)!r} has no {listed(sorted(fresh))}: initialised at random, to be trained",
                 stacklevel=2,
             )
+        if quantize and not packed:
+            quantized.quantize(model, quantize)
         if generation_config:
             model.generation_config = generation_config
         return model.eval()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import lmkernels as lmk
 from lmkernels import QuantizedWeight, linear, quantize_weight
 from lmkernels.ops.linear import reference
 
@@ -235,3 +236,63 @@ def test_float64_runs_on_the_reference(native):
 
 def test_every_instruction_set_of_this_cpu(rerun_on_isa):
     rerun_on_isa(__file__, "native and not instruction_set and not op_check and not compile")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_the_weight(kind):
+    weight = quantize_weight(torch.randn(37, 50), kind)
+    index = torch.tensor([0, 36, 17, 5, 17], dtype=torch.int32)
+    assert torch.equal(weight.rows(index), weight.dequantize()[index.long()])
+    assert torch.equal(weight.rows(index, torch.bfloat16), weight.dequantize(torch.bfloat16)[index.long()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_empty_makes_the_tensors_of_a_weight(kind):
+    weight, shell = quantize_weight(torch.randn(37, 50), kind), QuantizedWeight.empty((37, 50), kind, device="meta")
+    assert shell.data.is_meta and (shell.shape, shell.nbytes) == (weight.shape, weight.nbytes)
+
+
+CALLS = {
+    "mlp": ((96, 64), (64, 96), lambda x, a, b: lmk.mlp(x, a, torch.ones(96), b, torch.ones(64), residual=x)),
+    "swiglu_mlp": ((96, 64), (96, 64), (64, 96), lambda x, a, b, c: lmk.swiglu_mlp(x, a, b, c, residual=x)),
+    "output_projection": ((64, 64), lambda x, w: lmk.output_projection(x.unflatten(-1, (4, 16)), w, residual=x)),
+    "qkv_projection": (
+        (128, 64),
+        lambda x, w: torch.cat(
+            lmk.qkv_projection(
+                x,
+                w,
+                torch.arange(128.0) / 128,
+                num_heads=4,
+                num_kv_heads=2,
+                cos=lmk.rotary_tables(9, 8)[0],
+                sin=lmk.rotary_tables(9, 8)[1],
+                positions=torch.tensor([[1, 2, 8]]),
+            ),
+            2,
+        ),
+    ),
+    "linear_cross_entropy": (
+        (40, 64),
+        lambda x, w: lmk.linear_cross_entropy(x, w, torch.tensor([[1, -100, 39]] * 2), reduction="none"),
+    ),
+    "embed": (
+        (40, 64),
+        lambda x, w: lmk.embed(torch.tensor([[3, 39, 3]]), w, position_table=torch.ones(3, 64), type_table=x[0, :2]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op", CALLS)
+@torch.no_grad()
+def test_ops_take_quantised_weights_where_they_take_weights(op, kind):
+    *shapes, call = CALLS[op]
+    weights = [quantize_weight(torch.randn(shape) / 8, kind) for shape in shapes]
+    x = torch.randn(2, 3, 64)
+    torch.testing.assert_close(call(x, *weights), call(x, *(w.dequantize() for w in weights)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_beyond_a_quantised_table_is_a_named_error():
+    with pytest.raises(ValueError, match="token_ids must lie between 0 and 39, got values from 1 to 40"):
+        lmk.embed(torch.tensor([1, 40]), quantize_weight(torch.randn(40, 64), "int8"))

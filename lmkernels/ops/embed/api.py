@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
-from .._checks import check_device, check_floating, check_indices, check_same_or_wider, check_tensor
+from .._checks import check_device, check_floating, check_indices, check_range, check_same_or_wider, check_tensor
+from ..linear.api import QuantizedWeight
 from .autograd import BACKENDS, run
 
 
 def embed(
     token_ids: Tensor,
-    token_table: Tensor,
+    token_table: Tensor | QuantizedWeight,
     *,
     position_table: Tensor | None = None,
     positions: Tensor | None = None,
@@ -23,7 +24,8 @@ def embed(
     """token_table[token_ids] + position_table[positions] + type_table[type_ids], in one pass.
 
     token_ids: (b, s), or packed (t,); int32 or int64, as all indices
-    token_table: (vocab, d), float32, bfloat16, float16 or (on the CPU) float64
+    token_table: (vocab, d), float32, bfloat16, float16 or (on the CPU) float64; or from `quantize_weight`, whose rows
+        are looked up in the dtype of the other tables, or in float32
     position_table: (n, d), type_table: (n_types, d), in token_table's dtype or, where that has 16 bits, in float32
     positions: (s,), (1, s) or (b, s), packed (t,); None is 0, 1, 2, ...
     type_ids: the same shapes; None is type 0
@@ -39,6 +41,8 @@ def embed(
     check_tensor("token_ids", token_ids)
     if token_ids.dim() not in (1, 2):
         raise ValueError(f"token_ids must be (b, s) or (t,), got {tuple(token_ids.shape)}")
+    if isinstance(token_table, QuantizedWeight):
+        token_table, token_ids = _quantized_rows(token_table, token_ids, position_table, type_table)
     check_table("token_table", token_table)
     check_indices("token_ids", token_ids, (tuple(token_ids.shape),), "token_table", token_table)
     shapes = index_shapes(token_ids.shape)
@@ -56,6 +60,15 @@ def embed(
         type_ids = torch.zeros((), dtype=torch.int64, device=token_ids.device).expand(shapes[0])
     module = _dispatch.choose("embed", BACKENDS, backend, token_table)
     return run(module, None, 1.0, token_ids, token_table, positions, position_table, type_ids, type_table)
+
+
+def _quantized_rows(table: QuantizedWeight, token_ids: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A small table with the row of each token, and the tokens' places in it."""
+    check_indices("token_ids", token_ids, (tuple(token_ids.shape),), "token_table", table)
+    check_range("token_ids", token_ids, table.shape[0])
+    dtype = next((other.dtype for other in others if isinstance(other, Tensor)), torch.float32)
+    places = torch.arange(token_ids.numel(), device=token_ids.device).view(token_ids.shape)
+    return table.rows(token_ids.flatten(), dtype), places
 
 
 def check_table(name: str, table) -> None:

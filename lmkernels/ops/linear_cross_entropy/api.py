@@ -9,6 +9,7 @@ from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast, check_device, check_finite, check_floating, check_tensor
 from ..linear.checks import check_bias, check_weight
+from ..quantize_weight.api import QuantizedWeight
 from . import native, reference
 
 BACKENDS = {"native": native, "reference": reference}
@@ -16,7 +17,7 @@ BACKENDS = {"native": native, "reference": reference}
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -30,7 +31,8 @@ def linear_cross_entropy(
     """Cross entropy of softcap(hidden weight^T + bias) against labels, without a (t, vocab) tensor of logits.
 
     hidden: (..., d)       float32, bfloat16, float16 or (on the CPU) float64
-    weight: (vocab, d)     either axis contiguous; an embedding's weight, for instance
+    weight: (vocab, d)     either axis contiguous; an embedding's weight, for instance. One from
+        `quantize_weight` is dequantised for the call, and has no gradient
     labels: (...)          int64; tokens whose label is ignore_index do not count, and cost nothing
     bias: (vocab,)
     reduction: "mean" over the tokens that count (NaN where none does, as in torch), "sum", or "none": the loss of each
@@ -54,6 +56,8 @@ def linear_cross_entropy(
     """
     (hidden,) = autocast(hidden)
     check_hidden(hidden)
+    if isinstance(weight, QuantizedWeight):
+        weight = weight.dequantize(hidden.dtype)
     check_weight("weight", weight, hidden, hidden.shape[-1])
     bias = check_bias("bias", bias, hidden, weight.shape[0])
     check_reduction(reduction)

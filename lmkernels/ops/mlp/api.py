@@ -8,7 +8,9 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast
+from ..linear.api import linear
 from ..linear.checks import check_activation, check_bias, check_residual, check_weight, check_x
+from ..quantize_weight.api import QuantizedWeight
 from . import native, reference
 
 BACKENDS = {"native": native, "reference": reference}
@@ -16,9 +18,9 @@ BACKENDS = {"native": native, "reference": reference}
 
 def mlp(
     x: Tensor,
-    w_in: Tensor,
+    w_in: Tensor | QuantizedWeight,
     b_in: Tensor | None,
-    w_out: Tensor,
+    w_out: Tensor | QuantizedWeight,
     b_out: Tensor | None,
     *,
     activation: str | None = "gelu_tanh",
@@ -32,10 +34,14 @@ def mlp(
     w_out: (d_out, d_ff), b_out: (d_out,) or None; d_out is usually d_model
     activation: "gelu", "gelu_tanh", "silu", "relu", "tanh" or None
     residual: (..., d_out)
-    Dtypes, layouts of the weights and the result are those of `linear`. Of the hidden layer, what the activation is
-    applied to is kept for the backward, (..., d_ff), and nothing else.
+    Dtypes, layouts of the weights and the result are those of `linear`, which also takes weights from
+    `quantize_weight`. Of the hidden layer, what the activation is applied to is kept for the backward, (..., d_ff), and
+    nothing else.
     """
     (x,) = autocast(x)
+    if isinstance(w_in, QuantizedWeight) or isinstance(w_out, QuantizedWeight):
+        hidden = linear(x, w_in, b_in, activation=activation, backend=backend)
+        return linear(hidden, w_out, b_out, residual=residual, backend=backend)
     check_x(x)
     check_activation(activation)
     check_weight("w_in", w_in, x, x.shape[-1])
@@ -55,9 +61,9 @@ def mlp(
 
 def swiglu_mlp(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
+    w_gate: Tensor | QuantizedWeight,
+    w_up: Tensor | QuantizedWeight,
+    w_down: Tensor | QuantizedWeight,
     *,
     residual: Tensor | None = None,
     backend: str | None = None,
@@ -67,9 +73,13 @@ def swiglu_mlp(
     x: (..., d_model)
     w_gate, w_up: (d_ff, d_model), w_down: (d_out, d_ff)
     residual: (..., d_out)
-    Dtypes, layouts of the weights and the result are those of `linear`.
+    Dtypes, layouts of the weights and the result are those of `linear`, which also takes weights from
+    `quantize_weight`.
     """
     (x,) = autocast(x)
+    if any(isinstance(weight, QuantizedWeight) for weight in (w_gate, w_up, w_down)):
+        hidden = linear(x, w_gate, activation="silu", backend=backend) * linear(x, w_up, backend=backend)
+        return linear(hidden, w_down, residual=residual, backend=backend)
     check_x(x)
     check_weight("w_gate", w_gate, x, x.shape[-1])
     check_weight("w_up", w_up, x, x.shape[-1], w_gate.shape[0])

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from .._checks import check_floating
 from ..linear import linear
+from ..quantize_weight.api import QuantizedWeight
 
 __all__ = ["output_projection"]
 
 
 def output_projection(
     attn: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,

@@ -8,7 +8,10 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast, check_device, check_floating
+from ..linear.api import linear
 from ..linear.checks import check_bias, check_weight, check_x
+from ..quantize_weight.api import QuantizedWeight
+from ..rotary.api import rotary
 from . import native, reference
 
 BACKENDS = {"native": native, "reference": reference}
@@ -16,7 +19,7 @@ BACKENDS = {"native": native, "reference": reference}
 
 def qkv_projection(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     num_heads: int,
@@ -30,7 +33,8 @@ def qkv_projection(
     """Queries, keys and values from one projection, split into heads and rotated in the same pass.
 
     x: (b, s, d_model)                         float32, bfloat16, float16 or (on the CPU) float64
-    weight: ((h + 2 h_kv) d, d_model)          rows of all queries, then keys, then values; either axis contiguous
+    weight: ((h + 2 h_kv) d, d_model)          rows of all queries, then keys, then values; either axis contiguous;
+                                               or a weight from `quantize_weight`, for inference
     bias: ((h + 2 h_kv) d,)
     num_heads, num_kv_heads: h and h_kv; h_kv is h when None
     cos, sin: (positions, rotated / 2)         tables for queries and keys, without a gradient. They may have fewer
@@ -53,7 +57,9 @@ def qkv_projection(
         raise ValueError(f"x must be (b, s, d_model) with 3 axes, got {tuple(x.shape)}")
     b, s, d_model = x.shape
     h, h_kv = _check_heads(num_heads, num_kv_heads)
-    check_weight("weight", weight, x, d_model)
+    quantized = isinstance(weight, QuantizedWeight)
+    if not quantized:
+        check_weight("weight", weight, x, d_model)
     if weight.shape[0] == 0 or weight.shape[0] % (h + 2 * h_kv):
         raise ValueError(
             f"weight must have (h + 2 h_kv) d rows, a multiple of {h + 2 * h_kv} for {h} and {h_kv} heads, "
@@ -62,6 +68,13 @@ def qkv_projection(
     d = weight.shape[0] // (h + 2 * h_kv)
     bias = check_bias("bias", bias, x, weight.shape[0])
     cos, sin, positions = _check_tables(cos, sin, positions, x, d)
+    if quantized:
+        heads = linear(x, weight, bias, backend=backend).view(b, s, h + 2 * h_kv, d)
+        q, k, v = heads.split((h, h_kv, h_kv), 2)
+        if cos is not None:
+            options = {"interleaved": bool(interleaved), "positions": positions, "backend": backend}
+            q, k = rotary(q, cos, sin, **options), rotary(k, cos, sin, **options)
+        return q, k, v
     module = _dispatch.choose("qkv_projection", BACKENDS, backend, x, weight)
     if module is reference:
         return reference.forward(x, weight, bias, cos, sin, positions, h, h_kv, bool(interleaved))

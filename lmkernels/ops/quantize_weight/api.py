@@ -29,15 +29,14 @@ class QuantizedWeight:
         self.bits = _bits(dtype_name)
         self.dtype_name = dtype_name
         self.shape = torch.Size(shape)
-        d_out, d_in = self.shape
-        panels, groups = -(-d_out // reference.PANEL), -(-d_in // reference.GROUP)
-        parts = groups if self.bits == 4 else 1
-        _check_storage(
-            "data", data, torch.uint8, (panels, groups, reference.GROUP * reference.PANEL * self.bits // 8), self
-        )
-        wide = torch.bfloat16 if self.bits == 4 else torch.float32
-        _check_storage("scales", scales, wide, (panels, parts, reference.PANEL), self)
+        for name, x, like in zip(("data", "scales"), (data, scales), reference.empty(shape, self.bits, "meta")):
+            _check_storage(name, x, like.dtype, tuple(like.shape), self)
         self.data, self.scales = data, scales
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], dtype_name: str, *, device=None) -> QuantizedWeight:
+        """One whose tensors are not filled yet."""
+        return cls(*reference.empty(shape, _bits(dtype_name), device), shape, dtype_name)
 
     @property
     def device(self) -> torch.device:
@@ -50,6 +49,10 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (d_out, d_in) as a tensor."""
         return reference.dequantize(self.data, self.scales, *self.shape, self.bits).to(dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of the weight, (n, d_in), for index (n,), int32 or int64 below d_out."""
+        return reference.rows(self.data, self.scales, self.shape[1], self.bits, index.long()).to(dtype)
 
     def __repr__(self) -> str:
         return f"QuantizedWeight(shape={tuple(self.shape)}, dtype_name={self.dtype_name!r}, nbytes={self.nbytes})"

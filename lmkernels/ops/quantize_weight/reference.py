@@ -16,15 +16,19 @@ TRIES = [0.7 + 0.4 * i / 16 for i in range(17)]
 _CHUNK = 2**16  # weights at a time: what is computed of them stays in the L2 cache
 
 
+def empty(shape: tuple[int, int], bits: int, device) -> tuple[Tensor, Tensor]:
+    """Memory for the packed data and scales of a weight (d_out, d_in)."""
+    panels, groups = -(-shape[0] // PANEL), -(-shape[1] // GROUP)
+    data = torch.empty(panels, groups, GROUP * PANEL * bits // 8, dtype=torch.uint8, device=device)
+    parts, dtype = (groups, torch.bfloat16) if bits == 4 else (1, torch.float32)
+    return data, torch.empty(panels, parts, PANEL, dtype=dtype, device=device)
+
+
 def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Packed data and scales of a weight (d_out, d_in), as csrc/cpu/quantize_weight.h describes them."""
     d_out, d_in = weight.shape
     padded, panels = -(-d_in // GROUP) * GROUP, -(-d_out // PANEL)
-    groups = padded // GROUP if bits == 4 else 1
-    data = torch.empty(panels, padded // GROUP, 32 * PANEL * bits // 8, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(
-        panels, groups, PANEL, dtype=torch.bfloat16 if bits == 4 else torch.float32, device=weight.device
-    )
+    data, scales = empty(weight.shape, bits, weight.device)
     if weight.numel() == 0:
         return data.zero_(), scales.zero_()
     step = max(1, _CHUNK // max(1, padded * PANEL))
@@ -35,7 +39,7 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         block[: part.shape[0], :d_in] = part
         levels, scale = (_four_bits if bits == 4 else _eight_bits)(block)
         data[first : first + here] = _pack(levels, bits)
-        scales[first : first + here] = scale.view(here, PANEL, groups).transpose(1, 2)
+        scales[first : first + here] = scale.view(here, PANEL, -1).transpose(1, 2)
     return data, scales
 
 
@@ -91,6 +95,15 @@ def dequantize(data: Tensor, scales: Tensor, d_out: int, d_in: int, bits: int) -
     levels = levels.permute(0, 4, 1, 2, 3, 5).reshape(panels, PANEL, groups, GROUP)
     weight = levels * scales.float().transpose(1, 2)[..., None]
     return weight.reshape(panels * PANEL, groups * GROUP)[:d_out, :d_in]
+
+
+def rows(data: Tensor, scales: Tensor, d_in: int, bits: int, index: Tensor) -> Tensor:
+    """The rows `index` (n,) of the weight, (n, d_in) in float32."""
+    panel, column = index // PANEL, index % PANEL
+    words = data.view(*data.shape[:2], -1, PANEL, 4)[panel, :, :, column]  # (n, groups, words, 4)
+    levels = torch.cat([words & 15, words >> 4], 2).float() - 8 if bits == 4 else words.float() - 128
+    scale = scales[panel, :, column].float()  # (n, groups) or (n, 1)
+    return (levels.flatten(2) * scale[..., None]).flatten(1)[:, :d_in]
 
 
 def unsupported(x: Tensor) -> str | None:
