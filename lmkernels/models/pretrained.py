@@ -89,10 +89,10 @@ class PretrainedModel(nn.Module):
         self.quantization: str | None = None
 
     def post_init(self) -> None:
-        """Ties what is tied and initialises every module: the end of a subclass's __init__."""
-        self.tie_weights()
+        """Initialises every module, then ties what is tied: the end of a subclass's __init__."""
         with torch.no_grad():
             self.apply(self._init_weights)
+        self.tie_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fills what `module` itself holds, its children aside: N(0, initializer_range), biases 0, norms 1 and 0.

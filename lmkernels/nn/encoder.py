@@ -98,12 +98,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if torch_module._has_any_global_hook() or self.self_attn._more_keys:
             return False
         return all(
-            (type(child) in _FUSED or name == "activation") and not _is_watched(child)
+            (type(child) in _FUSED or name == "activation") and not is_watched(child)
             for name, child in self._modules.items()
         )
 
 
-def _is_watched(module: torch.nn.Module) -> bool:
+def is_watched(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -116,7 +116,7 @@ def _is_watched(module: torch.nn.Module) -> bool:
 def _activation_name(activation) -> str | None:
     """Its name among the activations of `linear`, or None."""
     if isinstance(activation, torch.nn.Module):
-        if _is_watched(activation):
+        if is_watched(activation):
             return None
         if type(activation) is torch.nn.GELU:
             return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
