@@ -1,6 +1,6 @@
 """Fast GPT- and BERT-class models in plain PyTorch: fused ops for the CPU and the GPU, and a thin model package."""
 
-from . import nn
+from . import hf, nn
 from ._library import backends
 from .ops.attention import attention, attention_weights, scaled_dot_product_attention
 from .ops.attention_decode import attention_decode
@@ -31,6 +31,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "embed",
+    "hf",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
