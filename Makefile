@@ -15,7 +15,7 @@ CXX_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*.h)
 # torch's build looks for ninja here
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install test test-other-torch demo bench lint format clean
+.PHONY: install test test-gpu-compile test-other-torch demo bench lint format clean
 
 install: $(VENV)/installed lmkernels/_C.so
 
@@ -33,6 +33,10 @@ lmkernels/_C.so: $(VENV)/installed $(CXX_SOURCES)
 
 test: install
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Every Triton kernel in every configuration, compiled for sm_80 and sm_90; needs no GPU.
+test-gpu-compile: install
+	$(VENV)/bin/python -m pytest tests/gpu/test_compiled.py --every-configuration $(ARGS)
 
 # The library that torch 2.13 built must load under another torch; about 6 GB of disk.
 test-other-torch: install $(OTHER_VENV)/bin/torchrun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -32,6 +33,26 @@ def _load() -> str | None:
 
 
 native_error: str | None = _load()
+
+TRITON_FLOOR = (3, 6)  # what torch 2.11 brings
+
+# Read where triton itself reads it, and as early: a kernel is made for the interpreter or for a GPU once for all.
+triton_interpreted: bool = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _find_triton() -> str | None:
+    """None, or why there is no triton that the kernels can use; without importing it, which is slow."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "the package triton is not installed; torch's CUDA builds bring it"
+    version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", Path(spec.origin).read_text())
+    if version is None or (int(version[2]), int(version[3])) < TRITON_FLOOR:
+        found = version[1] if version else "an unknown version"
+        return f"the kernels need triton {'.'.join(map(str, TRITON_FLOOR))} or later, got {found}"
+    return None
+
+
+triton_error: str | None = _find_triton()
 
 
 def cpu_isa() -> str | None:
@@ -62,8 +83,20 @@ def _native_absence() -> str | None:
 
 
 def _triton_absence() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; torch's CUDA builds bring it"
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if triton_error is not None:
+        return triton_error
+    if triton_interpreted:
         return None
-    return "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly"
+    return gpu_absence(torch.device("cuda", torch.cuda.current_device()))
+
+
+def gpu_absence(device: torch.device) -> str | None:
+    """None, or why the kernels do not run on this CUDA device."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernels need an NVIDIA GPU from sm_80 on, got {torch.cuda.get_device_name(device)} with sm_" + (
+            "".join(map(str, capability))
+        )
+    return None

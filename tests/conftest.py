@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +14,21 @@ import pytest
 import torch
 
 import lmkernels
+from lmkernels import _library
 
-BACKENDS = ("reference", "native")
 ISAS = ("generic", "avx2", "avx512", "avx512bf16")  # each has all that the ones before it have
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device that the ops are tested on (default: cpu)")
+    parser.addoption(
+        "--interpreted",
+        action="store_true",
+        help="only what is short enough for Triton's interpreter, TRITON_INTERPRET=1",
+    )
+    parser.addoption(
+        "--every-configuration", action="store_true", help="compile every Triton kernel there is, not only the hot ones"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +36,39 @@ def device(request) -> str:
     return request.config.getoption("--device")
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
+def backends_for(device: str) -> tuple[str, ...]:
+    """On the CPU triton needs its interpreter, which is a matter of the whole process, and too slow for the others."""
+    if _library.triton_interpreted:
+        return ("triton",)
+    return ("reference", "native") if device == "cpu" else ("reference", "triton")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        names = backends_for(metafunc.config.getoption("--device"))
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --interpreted, what a file of tests names in INTERPRETED: a regular expression for the names of tests."""
+    if config.getoption("--interpreted"):
+        chosen = [item for item in items if re.search(getattr(item.module, "INTERPRETED", r"\Z\A"), item.name)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """float64 is for the CPU, where gradients are checked by finite differences."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if "backend 'triton' cannot run this: dtype torch.float64" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="session")
 def backend(request) -> str:
     """Each backend by name; a test that takes it runs once per backend that this machine has."""
     reason = lmkernels.backends()[request.param]
@@ -37,12 +78,22 @@ def backend(request) -> str:
 
 
 @pytest.fixture(scope="session")
-def native() -> str:
+def native(device) -> str:
     """The name of the compiled library, for what only it promises."""
+    if device != "cpu":
+        pytest.skip("the compiled library runs on the CPU")
     reason = lmkernels.backends()["native"]
     if reason is not None:
         pytest.skip(reason)
     return "native"
+
+
+@pytest.fixture(scope="session")
+def triton(device) -> str:
+    """The name of the Triton backend, for what only it promises."""
+    if "triton" not in backends_for(device):
+        pytest.skip("Triton kernels run with --device cuda or TRITON_INTERPRET=1")
+    return "triton"
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +114,16 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_device(device):
+    """What a test makes without naming a device is made where the ops are tested."""
+    if device == "cpu":
+        yield
+    else:
+        with torch.device(device):
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def on_the_cpu(make: Callable) -> Callable:
+    """The values are the same for every device: they are drawn on the CPU, whatever device is torch's default."""
+
+    @functools.wraps(make)
+    def made(*arguments, **options):
+        with torch.device("cpu"):
+            return make(*arguments, **options)
+
+    return made
+
 
 _FLOAT_OPTIONS = ("bias", "alibi_slopes", "sink")
 
@@ -83,6 +97,7 @@ class AttentionCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> AttentionInputs:
         """Standard normal q, k, v, dout and dlse (the same for every device), and the options that the case names."""
         generator = torch.Generator().manual_seed(seed)
@@ -305,6 +320,7 @@ class AttentionVarlenCase:
     def __str__(self) -> str:
         return self.padded.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> AttentionInputs:
         """q (t_q, h, d), dout (t_q, h, d_v), dlse (h, t_q), and k and v (t_k, ...); cu_seqlens are options."""
         padded = self.padded.make(dtype, seed, device)
@@ -438,6 +454,7 @@ class RotaryCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
         """The tensors x, cos and sin, and the other arguments."""
         generator = torch.Generator().manual_seed(seed)
@@ -534,6 +551,7 @@ class EmbedCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], list[str]]:
         """The arguments of `embed`, and the names of its tables."""
         generator = torch.Generator().manual_seed(seed)
@@ -559,6 +577,7 @@ class EmbedCase:
         inputs = {name: x.to(device) for name, x in inputs.items()}
         return inputs, [name for name in inputs if name.endswith("_table")]
 
+    @on_the_cpu
     def make_added(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """The tensors of `add_positions`."""
         inputs, _ = replace(self, positions=self.positions or "", types=None).make(dtype, seed, device)
@@ -623,6 +642,7 @@ class LinearCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
 
@@ -682,6 +702,7 @@ class QKVCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
         rows = (self.h + 2 * self.h_kv) * self.d
         inputs = LinearCase(self.name, (self.b, self.s), self.d_model, rows).make(dtype, device=device)
@@ -722,6 +743,7 @@ class NormCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """x, and where the case has them residual, weight and bias; normal, the weight about 1."""
         generator = torch.Generator().manual_seed(seed)
@@ -821,6 +843,7 @@ class DecodeCase:
     def tokens_new(self) -> int:
         return self.s_q if self.s_new is None else self.s_new
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0) -> dict:
         """Arguments of `attention_decode`. Cache rows that hold no token are NaN."""
         generator = torch.Generator().manual_seed(seed)
@@ -987,6 +1010,7 @@ class SoftmaxCase:
     def __str__(self) -> str:
         return self.name
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
         """x."""
         generator = torch.Generator().manual_seed(seed)
@@ -1071,6 +1095,7 @@ class LossCase:
         names = ("reduction", "softcap", "z_loss", "label_smoothing")
         return {name: getattr(self, name) for name in names}
 
+    @on_the_cpu
     def make(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """hidden, weight, labels and, where the case has one, bias."""
         generator = torch.Generator().manual_seed(0)

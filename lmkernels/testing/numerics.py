@@ -120,9 +120,10 @@ def results(
     outs = (outs,) if isinstance(outs, Tensor) else tuple(outs)
     found = {f"out{i or ''}": out.detach() for i, out in enumerate(outs)}
     if leaves:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator("cpu").manual_seed(1)
         douts = [
-            torch.randn(out.shape, generator=generator).to(torch.bfloat16).to(out.device, out.dtype) for out in outs
+            torch.randn(out.shape, generator=generator, device="cpu").to(torch.bfloat16).to(out.device, out.dtype)
+            for out in outs
         ]
         gradients = torch.autograd.grad(outs, leaves.values(), douts)
         found |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from lmkernels import layer_norm, rms_norm
+from lmkernels.ops.norms import api
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NORMS = [layer_norm, rms_norm]
 EPS = 1e-5
+INTERPRETED = r"triton(?!.*(of 31|64|2049|50257|many|no |parameters|gaps|-float16))|long_rows.*260"
 
 
 def name_of(x) -> str:
@@ -70,6 +72,25 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(norm, case, dtype,
 
 def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
     rerun_on_isa(__file__, "native and not instruction_set and (accurate and (layer_norm or 100) or mean or subnormal)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("shape", [(37, 100), (3, 260)], ids=str)
+def test_triton_takes_long_rows_in_blocks(norm, shape, dtype, triton, device, monkeypatch):
+    """As those that do not fit in registers."""
+    backend = api.BACKENDS[triton]
+    for name, value in {"LONGEST_FWD": 64, "LONGEST_BWD": 64, "LONG": {"COLS": 64, "num_warps": 1}}.items():
+        monkeypatch.setattr(backend, name, value)
+    inputs = cases.NormCase("", shape, residual="same", mean=30.0).make(dtype, device=device)
+    numerics.assert_op_as_accurate(
+        partial(norm, backend=triton),
+        partial(norm, backend="reference"),
+        plain(norm),
+        inputs,
+        differentiable(norm, inputs),
+        dtype=dtype,
+        samples=shape[0],
+    )
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e5, 3e6])
@@ -275,7 +296,7 @@ def test_a_float32_stream_stays_float32_beside_bfloat16(norm, backend):
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1"),
         ({"eps": float("nan")}, ValueError, "eps must be a finite number, got nan"),
         ({"eps": "1"}, TypeError, "eps must be a number, got str"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of native, reference or None, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of native, triton, reference or None, got 'cuda'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

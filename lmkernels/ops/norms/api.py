@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import check_device, check_finite, check_floating, check_parameter
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def layer_norm(
@@ -32,7 +32,7 @@ def layer_norm(
     residual: (..., d), added first: s = x + residual, rounded to its dtype, is what is normalised and is returned too.
         In x's dtype; or one of the two is float32 beside 16 bits, and then s and the norm are float32, as the sum is in
         torch (the stream of a model in float32, say, to which a matmul under autocast adds).
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns (..., d) in x's dtype; with a residual (norm(s), s), both differentiable. Statistics are float32 (float64
     for float64) and exact for rows with a large mean; autocast changes nothing. Differentiable in x, residual, weight
