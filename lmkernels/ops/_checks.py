@@ -13,9 +13,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, floating tensors in the autocast dtype, as torch does for matmuls; float64 stays."""
     x = tensors[0]
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled("cpu" if x.is_cpu or x.is_meta else x.device.type):
         return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype("cpu" if x.is_meta else x.device.type)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

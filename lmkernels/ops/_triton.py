@@ -88,6 +88,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def capability(device: torch.device) -> int:
+    """80 for sm_80, 90 for sm_90."""
+    return _capability(device) if device.type == "cuda" else 80
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
 

@@ -80,14 +80,14 @@ def launches(architecture: str) -> Iterator[list[Report]]:
             seen.add(id(compiled))
             reports.append(_report(compiled, architecture, grid))
 
-    before = _triton.direct, _triton.launch, driver._active
-    _triton.direct, _triton.launch = True, compile_only
+    before = _triton.direct, _triton.launch, _triton.capability, driver._active
+    _triton.direct, _triton.launch, _triton.capability = True, compile_only, lambda device: target.capability
     driver.set_active(target)
     try:
         yield reports
     finally:
-        _triton.direct, _triton.launch = before[:2]
-        driver.set_active(before[2])
+        _triton.direct, _triton.launch, _triton.capability = before[:3]
+        driver.set_active(before[3])
 
 
 class _Target:

@@ -593,7 +593,7 @@ BAD = {
     "unknown backend": (
         {"backend": "cuda"},
         ValueError,
-        "backend must be one of native, reference or None, got 'cuda'",
+        "backend must be one of native, triton, reference or None, got 'cuda'",
     ),
 }
 

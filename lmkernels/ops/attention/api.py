@@ -69,7 +69,7 @@ def attention(
     seed: what dropout draws from (Philox-4x32-10 keyed by seed, b, h, i, j); None draws one from torch's generator.
     return_lse: also return the natural logarithm of the softmax's denominator, the sink included.
     deterministic: gradients are bit-identical from run to run and for any number of threads.
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns (b, s_q, h, d_v) in q's dtype, and lse (b, h, s_q) in float32 (float64 for float64) on request.
     Differentiable in q, k, v, bias, alibi_slopes and sink, through lse too; twice by recomputation through the

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._autograd import needs_gradient, reference_gradients
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 # What follows q, k and v, in the order of the op's schema (see native.py): tensors or None, the first of them mask,
 # bias, alibi_slopes and sink; then numbers.

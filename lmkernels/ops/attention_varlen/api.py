@@ -21,9 +21,9 @@ from ..attention.checks import (
     seed_tensor,
 )
 from ..relative_bias import RelativeBias
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 _Attention = gradient_of(BACKENDS, n_tensors=8)
 
