@@ -1,4 +1,4 @@
-"""The command line: lmkernels doctor | pretrain | generate | bench."""
+"""The command line: lmkernels doctor | pretrain | finetune | evaluate | generate | bench."""
 
 import argparse
 import importlib.util
@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     add_doctor(commands)
     add_pretrain(commands)
+    add_finetune(commands)
+    add_evaluate(commands)
     add_generate(commands)
     add_bench(commands)
     return top
@@ -85,12 +87,17 @@ def add_pretrain(commands) -> None:
     command.add_argument("--resume", action="store_true", default=False, help="go on from the last checkpoint in --out")
     command.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end, no text")
     command.add_argument("--preset", choices=PRESETS, default=None, help="sizes; a size given by itself overrides it")
+    add_settings(command, Settings)
+
+
+def add_settings(command, settings) -> None:
+    """An option for every field of the dataclass `settings`."""
     limits = command.add_mutually_exclusive_group()
-    for field in fields(Settings):
+    for field in fields(settings):
         kind, default = value_type(field.type), field.default
         many = {"nargs": "+", "metavar": "PATH"} if field.name == "corpus" else {"metavar": kind.__name__.upper()}
-        shown = "" if field.name == "corpus" or default is None else f" (default {default})"
-        target = limits if field.name in ("steps", "minutes") else command
+        shown = "" if field.name == "corpus" or default in (None, "") else f" (default {default})"
+        target = limits if field.name in ("steps", "minutes", "epochs") else command
         target.add_argument(option_name(field.name), type=kind, help=field.metadata["help"] + shown, **many)
 
 
@@ -109,10 +116,16 @@ def pretrain(arguments) -> int:
     from .training import Settings
     from .training import pretrain as train
 
+    preset = PRESETS[arguments.preset] if arguments.preset is not None else {}
+    return run_training("pretrain", train, preset | given_settings(arguments, Settings), arguments)
+
+
+def given_settings(arguments, settings) -> dict:
     given = vars(arguments)
-    options = {field.name: given[field.name] for field in fields(Settings) if field.name in given}
-    if arguments.preset is not None:
-        options = PRESETS[arguments.preset] | options
+    return {field.name: given[field.name] for field in fields(settings) if field.name in given}
+
+
+def run_training(command: str, train, options: dict, arguments) -> int:
     say = (lambda _: None) if arguments.json else print
     try:
         result = train(arguments.out, options, resume=arguments.resume, say=say)
@@ -122,8 +135,89 @@ def pretrain(arguments) -> int:
         print(json.dumps(result))
     if not result["finished"]:
         step, out = result["step"], arguments.out
-        return fail(f"stopped after step {step}; go on with: lmkernels pretrain --out {out} --resume", 130)
+        return fail(f"stopped after step {step}; go on with: lmkernels {command} --out {out} --resume", 130)
+    for name in ("accuracy", "precision", "recall", "exact_match", "f1"):
+        if name in result:
+            say(f"{name}: {result[name]:.2f} %")
     say(f"checkpoint: {result['checkpoint']}\nlog: {result['log']}\nplot: {result['plot']}")
+    return 0
+
+
+def add_finetune(commands) -> None:
+    from .training import FinetuneSettings
+
+    command = add_command(
+        commands,
+        "finetune",
+        finetune,
+        "train a BERT on labelled data: checkpoints, log, loss plot and the scores on held-back data",
+        epilog="Data, each perhaps a .gz: text-classification reads .tsv (text, tab, label), .csv or .jsonl (text, "
+        "label); token-classification CoNLL (word and tag per line); question-answering SQuAD 1.1's JSON. "
+        "Ctrl-C finishes the step and saves a checkpoint; --resume goes on exactly where a run stopped.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="folder for all that the run leaves")
+    command.add_argument("--resume", action="store_true", default=False, help="go on from the last checkpoint in --out")
+    command.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end, no text")
+    add_settings(command, FinetuneSettings)
+
+
+def finetune(arguments) -> int:
+    from .training import FinetuneSettings
+    from .training import finetune as train
+
+    return run_training("finetune", train, given_settings(arguments, FinetuneSettings), arguments)
+
+
+def add_evaluate(commands) -> None:
+    command = add_command(
+        commands,
+        "evaluate",
+        evaluate,
+        "score a model on held-back data: perplexity of a GPT; accuracy, F1 or exact match of a fine-tuned BERT",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
+    command.add_argument(
+        "--data", required=True, metavar="FILE", help="text, or what finetune reads for the task"
+    )
+    command.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens per sequence (GPT: of a window)")
+    command.add_argument(
+        "--stride", type=int, metavar="N", help="tokens a GPT window moves on, a BERT window shares"
+    )
+    command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
+    command.add_argument("--quantize", choices=("int8", "int4"), help="GPT: weights in 8 or 4 bits")
+    command.add_argument("--device", help="cpu, cuda or auto (default)")
+    command.add_argument("--threads", type=int, default=None, help="CPU threads; default: torch's choice")
+    command.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end, no text")
+
+
+def evaluate(arguments) -> int:
+    import torch
+
+    from .models import checkpoint as model_files
+    from .training import evaluate as score
+    from .training import perplexity
+    from .training.finetune import find_model
+
+    options = dict(vars(arguments))
+    model, data, threads, as_json = (options.pop(name) for name in ("model", "data", "threads", "json"))
+    del options["run"]
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be positive, got {threads}")
+        torch.set_num_threads(threads)
+    folder = find_model(model)
+    is_gpt = model_files.read_config(folder).get("model_type") == "gpt2"
+    if not is_gpt and options.pop("quantize", None) is not None:
+        raise ValueError("quantize must be left out where the model is not a GPT")
+    result = (perplexity if is_gpt else score)(folder, data, progress=not as_json, **options)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Pretraining on text: `pretrain(out, options)` is what the command line runs."""
+"""Pretraining on text, fine-tuning on labelled data, and evaluation: what the command line runs."""
 
+from .finetune import evaluate, finetune
+from .perplexity import perplexity
 from .pretrain import pretrain
-from .settings import Settings
+from .settings import FinetuneSettings, Settings
 
-__all__ = ["Settings", "pretrain"]
+__all__ = ["FinetuneSettings", "Settings", "evaluate", "finetune", "perplexity", "pretrain"]

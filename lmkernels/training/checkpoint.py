@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from .._files import new_folder
 from ..models.checkpoint import save_tensors
-from .settings import Settings
+from .settings import RunSettings, Settings
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Progress:
     seconds: float = 0.0
 
 
-def save(folder: Path, model, tokenizer: Tokenizer, optimizer, progress: Progress, settings: Settings) -> Path:
+def save(folder: Path, model, tokenizer: Tokenizer, optimizer, progress: Progress, settings: RunSettings) -> Path:
     """Writes folder/step-N as a whole, then removes older checkpoints but the newest settings.keep.
 
     On failure nothing of the new one remains, and the older ones have not been touched.
@@ -52,6 +52,21 @@ def save(folder: Path, model, tokenizer: Tokenizer, optimizer, progress: Progres
     return target
 
 
+def check_new(out: Path) -> None:
+    """Raises unless a run may begin in the folder `out`."""
+    if all_in(out / "checkpoints"):
+        raise ValueError(f"out must be a new folder, {str(out)!r} holds a run already (resume it, or choose another)")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder, got the file {str(out)!r}")
+
+
+def newest(out: Path) -> Path:
+    """The checkpoint from which the run in `out` goes on."""
+    if found := all_in(out / "checkpoints"):
+        return found[-1]
+    raise FileNotFoundError(f"{str(out)!r} holds no checkpoint to resume")
+
+
 def all_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
@@ -65,19 +80,23 @@ def find(path: str | Path) -> Path:
     if checkpoints := all_in(path / "checkpoints"):
         return checkpoints[-1]
     what = "holds no checkpoint" if path.is_dir() else "does not exist"
-    raise FileNotFoundError(f"{str(path)!r} {what}: give a folder with config.json or one that pretrain has written")
+    raise FileNotFoundError(f"{str(path)!r} {what}: give a folder with config.json or one that a run has written")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a checkpoint."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    """The tokenizer.json of a checkpoint; without one, the WordPiece tokenizer of its vocab.txt, as old BERTs have."""
+    file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     try:
-        return Tokenizer.from_str(file.read_text())
+        if file.is_file():
+            return Tokenizer.from_str(file.read_text())
+        if vocabulary.is_file():
+            file, options = vocabulary, folder / "tokenizer_config.json"
+            lower = json.loads(options.read_text()).get("do_lower_case", True) if options.is_file() else True
+            return BertWordPieceTokenizer(str(vocabulary), lowercase=lower)._tokenizer
     # tokenizers raises a bare Exception for a file it cannot read
     except Exception as error:
         raise ValueError(f"{file} is damaged: {error}") from None
+    raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.txt")
 
 
 def training_tensors(model, optimizer) -> dict[str, torch.Tensor]:
@@ -93,12 +112,12 @@ def training_tensors(model, optimizer) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_training(checkpoint: Path) -> tuple[Progress, Settings]:
+def read_training(checkpoint: Path, kind: type[RunSettings] = Settings) -> tuple[Progress, RunSettings]:
     """How far the checkpoint's run had come, and what it was told."""
     file = checkpoint / "training.json"
     try:
         entries = json.loads(file.read_text())
-        return Progress(**entries["progress"]), Settings(**entries["settings"])
+        return Progress(**entries["progress"]), kind(**entries["settings"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{checkpoint} has no training.json: it can generate, but not be resumed") from None
     except (ValueError, KeyError, TypeError) as error:

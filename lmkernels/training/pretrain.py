@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..models import GPT2Config, GPT2LMHeadModel
 from . import checkpoint
 from .corpus import find_corpus
-from .settings import Settings, resumed
-from .tokens import END_OF_TEXT, read_tokens, train_tokenizer, write_tokens
+from .settings import RunSettings, Settings, resumed
+from .tokens import END_OF_TEXT, Windows, held_back_batches, read_tokens, train_tokenizer, write_tokens
 from .trainer import Trainer
 
 
@@ -34,10 +35,7 @@ def pretrain(
 def new_trainer(out: Path, options: dict, say) -> Trainer:
     settings = Settings(**options)
     settings.check()
-    if checkpoint.all_in(out / "checkpoints"):
-        raise ValueError(f"out must be a new folder, {str(out)!r} holds a run already (resume it, or choose another)")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out must be a folder, got the file {str(out)!r}")
+    checkpoint.check_new(out)
     device = prepare(settings)
     tokenizer, tokens = prepare_tokens(out, settings, say)
     end = tokenizer.token_to_id(END_OF_TEXT)
@@ -57,26 +55,57 @@ def new_trainer(out: Path, options: dict, say) -> Trainer:
         )
     ).to(device)
     say(f"model: {model.num_parameters() / 1e6:.2f} M parameters, {settings.tokens_per_step} tokens per step")
-    return Trainer(model, tokenizer, tokens, settings, out)
+    return Trainer(model, tokenizer, Text(tokens, settings), settings, out)
 
 
 def resumed_trainer(out: Path, options: dict, say) -> Trainer:
-    found = checkpoint.all_in(out / "checkpoints")
-    if not found:
-        raise FileNotFoundError(f"{str(out)!r} holds no checkpoint to resume")
-    progress, saved = checkpoint.read_training(found[-1])
+    folder = checkpoint.newest(out)
+    progress, saved = checkpoint.read_training(folder)
     settings = resumed(saved, options)
     settings.check()
     device = prepare(settings)
-    model = GPT2LMHeadModel.from_pretrained(found[-1]).to(device)
-    tokenizer = checkpoint.load_tokenizer(found[-1])
-    trainer = Trainer(model, tokenizer, read_tokens(out / "tokens"), settings, out)
-    trainer.restore(found[-1])
-    say(f"resuming after step {progress.step} from {found[-1]}")
+    model = GPT2LMHeadModel.from_pretrained(folder).to(device)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    trainer = Trainer(model, tokenizer, Text(read_tokens(out / "tokens"), settings), settings, out)
+    trainer.restore(folder)
+    say(f"resuming after step {progress.step} from {folder}")
     return trainer
 
 
-def prepare(settings: Settings) -> torch.device:
+class Text:
+    """tokens (n,) as windows to learn from; the last eval_fraction of them is held back."""
+
+    unit = "tokens"
+
+    def __init__(self, tokens: np.ndarray, settings: Settings):
+        held_back = max(settings.block_size + 1, int(len(tokens) * settings.eval_fraction))
+        if len(tokens) - held_back < settings.block_size + 1:
+            raise ValueError(
+                f"corpus must have more than {2 * settings.block_size + 2} tokens for block_size "
+                f"{settings.block_size}, got {len(tokens)}"
+            )
+        self.settings, self.units_per_sample = settings, settings.block_size
+        self.windows = Windows(tokens[:-held_back], settings.block_size, settings.seed)
+        self.held_back = tokens[-held_back:]
+
+    def loss(self, model, first: int, n: int) -> torch.Tensor:
+        return next_token_loss(model, self.windows.batch(first, n))
+
+    def evaluate(self, model) -> dict[str, float]:
+        settings = self.settings
+        batches = held_back_batches(self.held_back, settings.block_size, settings.batch_size, settings.eval_windows)
+        losses = [(next_token_loss(model, ids).item(), len(ids)) for ids in batches]
+        return {"eval_loss": sum(loss * n for loss, n in losses) / sum(n for _, n in losses)}
+
+
+def next_token_loss(model, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of each token in ids (b, s + 1) but the first, given those before it."""
+    ids = ids.to(model.device)
+    logits = model(ids[:, :-1], use_cache=False).logits  # (b, s, vocab)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def prepare(settings: RunSettings) -> torch.device:
     """Sets the number of threads, notes it in the settings, and chooses the device."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -4,8 +4,8 @@ import math
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -14,11 +14,10 @@ from . import checkpoint
 from .checkpoint import Progress
 from .interrupt import StopRequest
 from .report import Log, plot_losses
-from .settings import Settings, learning_rate
-from .tokens import Windows, held_back_batches
+from .settings import RunSettings, learning_rate
 
 
-def adamw(model, settings: Settings) -> torch.optim.AdamW:
+def adamw(model, settings: RunSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) that decays matrices and leaves biases and norms alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
@@ -26,49 +25,56 @@ def adamw(model, settings: Settings) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+
+class Data(Protocol):
+    """What a run learns from: samples by number, so that a run goes on where it stopped without replaying anything."""
+
+    unit: str  # what its speed counts, such as "tokens"
+    units_per_sample: int
+
+    def loss(self, model, first: int, n: int) -> torch.Tensor:
+        """The mean loss of samples first .. first + n - 1, which repeat for ever in an order of the seed."""
+
+    def evaluate(self, model) -> dict[str, float]:
+        """Figures of the data that is held back, eval_loss among them; the same samples each time."""
 
 
 class Trainer:
-    """Trains `model` on `tokens` (n,) and keeps its files in the folder `out`.
+    """Trains `model` on `data` and keeps its files in the folder `out`.
 
-    The last eval_fraction of the tokens is held back. Everything that decides the next step is in the model,
-    the optimizer, torch's generator and `progress`; a checkpoint holds these four.
+    Everything that decides the next step is in the model, the optimizer, torch's generator and `progress`; a checkpoint
+    holds these four.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, tokens: np.ndarray, settings: Settings, out: Path):
-        self.model, self.tokenizer, self.settings, self.out = model, tokenizer, settings, out
-        held_back = max(settings.block_size + 1, int(len(tokens) * settings.eval_fraction))
-        if len(tokens) - held_back < settings.block_size + 1:
-            raise ValueError(
-                f"corpus must have more than {2 * settings.block_size + 2} tokens for block_size "
-                f"{settings.block_size}, got {len(tokens)}"
-            )
-        self.windows = Windows(tokens[:-held_back], settings.block_size, settings.seed)
-        self.held_back = tokens[-held_back:]
+    def __init__(self, model, tokenizer: Tokenizer, data: Data, settings: RunSettings, out: Path):
+        self.model, self.tokenizer, self.data, self.settings, self.out = model, tokenizer, data, settings, out
+        self.units_per_step = settings.windows_per_step * data.units_per_sample
+        self.rate = f"{data.unit}_per_second"
         self.optimizer = adamw(model, settings)
         self.progress = Progress()
 
     def restore(self, folder: Path) -> None:
         """Takes up the run where the checkpoint `folder`, from which the model was loaded, left it."""
-        self.progress, _ = checkpoint.read_training(folder)
+        self.progress, _ = checkpoint.read_training(folder, type(self.settings))
         checkpoint.restore(folder, self.model, self.optimizer)
 
     def run(self) -> dict:
         """Trains to the end, or until Ctrl-C; saves a checkpoint in both cases. Returns the last figures."""
         first = self.progress.step
         first_second = self.progress.seconds
-        last = {"loss": None, "eval_loss": None, "tokens_per_second": None}
+        last = {"loss": None, "eval_loss": None, self.rate: None}
         with closing(Log(self.out / "log.jsonl", first)) as log, StopRequest() as stop, self.bar() as bar:
             while not self.finished() and not stop.requested:
                 figures = self.timed_step()
-                tokens = (self.progress.step - first) * self.settings.tokens_per_step
-                rate = round(tokens / (self.progress.seconds - first_second), 1)
-                last |= {"loss": figures["loss"], "tokens_per_second": rate}
+                units = (self.progress.step - first) * self.units_per_step
+                last |= {"loss": figures["loss"], self.rate: round(units / (self.progress.seconds - first_second), 1)}
                 log.write(step=self.progress.step, seconds=round(self.progress.seconds, 3), **figures)
                 if self.progress.step % self.settings.eval_every == 0 or self.finished():
-                    last["eval_loss"] = self.evaluate()
-                    log.write(step=self.progress.step, eval_loss=last["eval_loss"])
+                    figures = self.evaluate()
+                    last |= figures
+                    log.write(step=self.progress.step, **figures)
                     self.plot()
                 if self.progress.step % self.settings.save_every == 0:
                     self.save()
@@ -93,7 +99,7 @@ class Trainer:
         figures = self.step()
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        return figures | {"tokens_per_second": round(self.settings.tokens_per_step / seconds, 1)}
+        return figures | {self.rate: round(self.units_per_step / seconds, 1)}
 
     def step(self) -> dict:
         """One optimizer step over grad_accum batches. Returns its loss, learning rate and gradient norm."""
@@ -101,8 +107,8 @@ class Trainer:
         self.model.train()
         loss = torch.zeros((), device=device)
         for _ in range(settings.grad_accum):
-            ids = self.windows.batch(progress.windows, settings.batch_size).to(device)  # (b, s + 1)
-            part = self.loss(ids) / settings.grad_accum
+            with self.autocast():
+                part = self.data.loss(self.model, progress.windows, settings.batch_size) / settings.grad_accum
             part.backward()
             loss += part.detach()
             progress.windows += settings.batch_size
@@ -121,22 +127,14 @@ class Trainer:
         progress.step += 1
         return {"loss": loss, "lr": lr, "grad_norm": norm}
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of each token in ids (b, s + 1) but the first, given those before it."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            logits = self.model(ids[:, :-1], use_cache=False).logits  # (b, s, vocab)
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    def autocast(self):
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean cross entropy over the same windows of the held-back tokens every time."""
-        settings = self.settings
+    def evaluate(self) -> dict[str, float]:
         self.model.eval()
-        total = count = 0
-        for ids in held_back_batches(self.held_back, settings.block_size, settings.batch_size, settings.eval_windows):
-            total += self.loss(ids.to(self.model.device)).item() * len(ids)
-            count += len(ids)
-        return total / count
+        with self.autocast():
+            return self.data.evaluate(self.model)
 
     def save(self) -> Path:
         return checkpoint.save(
@@ -144,7 +142,7 @@ class Trainer:
         )
 
     def plot(self) -> None:
-        title = f"GPT with {self.model.num_parameters() / 1e6:.1f} M parameters"
+        title = f"{type(self.model).__name__}, {self.model.num_parameters() / 1e6:.1f} M parameters"
         plot_losses(self.out / "log.jsonl", self.out / "loss.png", title)
 
     def bar(self) -> tqdm:
@@ -159,7 +157,7 @@ class Trainer:
         figures = {"loss": f"{last['loss']:.3f}"}
         if last["eval_loss"] is not None:
             figures["eval"] = f"{last['eval_loss']:.3f}"
-        figures["tok/s"] = f"{last['tokens_per_second']:,.0f}"
+        figures[f"{self.data.unit}/s"] = f"{last[self.rate]:,.0f}"
         bar.set_postfix(figures, refresh=False)
         done = self.progress.step if self.settings.minutes is None else self.progress.seconds
         bar.update(min(done, bar.total) - bar.n)

@@ -134,7 +134,9 @@ def test_divergence_stops_the_run_before_the_weights_are_lost(tmp_path, options)
     pretrain(tmp_path, options)
     good = files(tmp_path / "checkpoints")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "loss", lambda self, ids: self.model(ids[:, 1:]).logits.sum() * math.nan)
+        patch.setattr(
+            "lmkernels.training.pretrain.next_token_loss", lambda model, ids: model(ids).logits.sum() * math.nan
+        )
         with pytest.raises(FloatingPointError, match="diverged at step 9"):
             pretrain(tmp_path, {"steps": 12}, resume=True)
     assert files(tmp_path / "checkpoints") == good
