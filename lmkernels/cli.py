@@ -178,14 +178,10 @@ def add_evaluate(commands) -> None:
         argument_default=argparse.SUPPRESS,
     )
     command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
-    command.add_argument(
-        "--data", required=True, metavar="FILE", help="text, or what finetune reads for the task"
-    )
+    command.add_argument("--data", required=True, metavar="FILE", help="text, or what finetune reads for the task")
     command.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass")
     command.add_argument("--max-length", type=int, metavar="N", help="tokens per sequence (GPT: of a window)")
-    command.add_argument(
-        "--stride", type=int, metavar="N", help="tokens a GPT window moves on, a BERT window shares"
-    )
+    command.add_argument("--stride", type=int, metavar="N", help="tokens a GPT window moves on, a BERT window shares")
     command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
     command.add_argument("--quantize", choices=("int8", "int4"), help="GPT: weights in 8 or 4 bits")
     command.add_argument("--device", help="cpu, cuda or auto (default)")

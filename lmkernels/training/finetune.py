@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -53,7 +54,7 @@ def finetune(
         source = find_model(settings.model)
     tokenizer = checkpoint.load_tokenizer(source)
     torch.manual_seed(settings.seed)
-    model = load_model(task, source, train, settings).to(device)
+    model = load_model(task, source, train + held_back, settings).to(device)
     data = Examples(task, model, tokenizer, train, held_back, settings)
     if settings.steps is None and settings.minutes is None:
         settings.steps = max(1, math.ceil(settings.epochs * len(data.train) / settings.windows_per_step))
@@ -138,10 +139,10 @@ def read_data(task: ModuleType, settings: FinetuneSettings) -> tuple[list, list]
     return [train[i] for i in sorted(order[held_back:])], [train[i] for i in sorted(order[:held_back])]
 
 
-def load_model(task: ModuleType, folder: Path, train: list, settings: FinetuneSettings):
+def load_model(task: ModuleType, folder: Path, examples: list, settings: FinetuneSettings):
     """The checkpoint as a model of the task. A classifier that knows the data's labels stays, else it is a new one."""
     overrides = {}
-    if (names := task.label_names(train)) is not None:
+    if (names := task.label_names(examples)) is not None:
         own = model_files.read_config(folder).get("id2label") or {}
         if not set(names) <= set(own.values()):
             overrides = {
@@ -149,7 +150,10 @@ def load_model(task: ModuleType, folder: Path, train: list, settings: FinetuneSe
                 "id2label": dict(enumerate(names)),
                 "label2id": {name: i for i, name in enumerate(names)},
             }
-    model = getattr(models, task.MODEL).from_pretrained(folder, **overrides)
+    with warnings.catch_warnings():
+        # a head that is not there yet is what fine-tuning is for
+        warnings.filterwarnings("ignore", message="the checkpoint .* initialised at random")
+        model = getattr(models, task.MODEL).from_pretrained(folder, **overrides)
     longest = model.config.max_position_embeddings
     if settings.max_length > longest:
         raise ValueError(
@@ -193,16 +197,17 @@ class Examples:
         return self.output(model, [self.feature(number) for number in range(first, first + n)]).loss
 
     def evaluate(self, model, progress: bool = False) -> dict[str, float]:
-        total, predicted = 0.0, []
+        total, count, predicted = 0.0, 0, []
         # sequences of a length together: the order of the examples comes back below
         order = sorted(range(len(self.test)), key=lambda i: len(self.test[i].input_ids))
         with tqdm(total=len(order), unit="sequence", dynamic_ncols=True, disable=not progress) as bar:
             for numbers in batched(order, self.settings.batch_size):
                 features = [self.test[i] for i in numbers]
                 output = self.output(model, features)
-                total += output.loss.item() * len(features)
+                counts = sum(feature.counted for feature in features)
+                total, count = total + output.loss.item() * counts, count + counts
                 predicted += zip(numbers, self.task.predictions(output, features))
                 bar.update(len(features))
         answers = [answer for _, answer in sorted(predicted, key=lambda pair: pair[0])]
         figures = self.task.score(self.held_back, self.test, answers, self.id2label)
-        return {"eval_loss": total / len(self.test)} | figures
+        return {"eval_loss": total / count} | figures

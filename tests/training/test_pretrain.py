@@ -12,6 +12,7 @@ import torch
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 from lmkernels.training import Settings, pretrain
 from lmkernels.training.checkpoint import all_in, find, load_tokenizer
+from lmkernels.training.pretrain import Text
 from lmkernels.training.report import read_log
 from lmkernels.training.settings import learning_rate
 from lmkernels.training.trainer import Trainer, adamw
@@ -134,9 +135,7 @@ def test_divergence_stops_the_run_before_the_weights_are_lost(tmp_path, options)
     pretrain(tmp_path, options)
     good = files(tmp_path / "checkpoints")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lmkernels.training.pretrain.next_token_loss", lambda model, ids: model(ids).logits.sum() * math.nan
-        )
+        patch.setattr(Text, "loss", lambda self, model, *_: model(torch.zeros(1, 4).long()).logits.sum() * math.nan)
         with pytest.raises(FloatingPointError, match="diverged at step 9"):
             pretrain(tmp_path, {"steps": 12}, resume=True)
     assert files(tmp_path / "checkpoints") == good

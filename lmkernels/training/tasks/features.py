@@ -34,6 +34,12 @@ class Feature:
     def of(cls, example: int, encoding: Encoding, extra=None, **targets) -> Feature:
         return cls(example, encoding.ids, encoding.type_ids, targets, extra)
 
+    @property
+    def counted(self) -> int:
+        """How many labels the mean loss of a batch is over."""
+        labels = self.targets.get("labels")
+        return sum(label != IGNORED for label in labels) if isinstance(labels, list) else 1
+
 
 def batch(features: list[Feature], pad_id: int) -> dict[str, torch.Tensor]:
     """The arguments of a model: sequences padded on the right to the longest, (b, s) each."""
