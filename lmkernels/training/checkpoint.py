@@ -83,8 +83,9 @@ def find(path: str | Path) -> Path:
     raise FileNotFoundError(f"{str(path)!r} {what}: give a folder with config.json or one that a run has written")
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer.json of a checkpoint; without one, the WordPiece tokenizer of its vocab.txt, as old BERTs have."""
+    folder = Path(folder)
     file, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
     try:
         if file.is_file():

@@ -1,10 +1,14 @@
 """Fine-tuning and evaluation: every task learns, resumes exactly, scores as its rules say, and refuses bad data."""
 
 import gzip
+import importlib.util
 import json
 import math
 import os
+import re
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +325,51 @@ def test_the_tokenizer_of_an_old_checkpoint_is_its_vocabulary(bert, tmp_path):
     (tmp_path / "vocab.txt").write_bytes((bert / "vocab.txt").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert load_tokenizer(tmp_path).encode("Anna").ids != load_tokenizer(bert).encode("Anna").ids
+
+
+def example(name: str):
+    """The module examples/<name>.py."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def long_bert(bert, tmp_path):
+    """The folder of the tiny BERT with room for what the examples read at a time."""
+    torch.manual_seed(0)
+    config = BertConfig.from_dict(json.loads((bert / "config.json").read_text()), max_position_embeddings=384)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    shutil.copy(bert / "vocab.txt", tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_example_of_named_entities(tmp_path, long_bert, data, capsys):
+    """On sentences of WNUT-17."""
+    for part, count in (("train", 60), ("dev", 20)):
+        with gzip.open(data / "wnut17" / f"{part}.conll.gz", "rt") as file:
+            sentences = re.split(r"\n\s*\n", file.read())[:count]
+        (tmp_path / f"{part}.conll").write_text("\n\n".join(sentences))
+    files = [str(tmp_path / f"{part}.conll") for part in ("train", "dev")]
+    out = str(tmp_path / "out")
+    example("named_entities").main([str(long_bert), *files, "--epochs", "1", "--out", out, "--sentence", "Anna lives"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("F1 of whole entities: ") and [line.split()[-1] for line in lines[1:]] == [
+        "Anna",
+        "lives",
+    ]
+
+
+def test_example_of_question_answering(tmp_path, long_bert, data, capsys):
+    """On questions of SQuAD."""
+    for part, name in (("train", "train_subset_44articles"), ("dev", "dev_half_a_24articles")):
+        articles = json.loads(gzip.decompress((data / "squad1.1" / f"{name}.json.gz").read_bytes()))["data"]
+        few = [{"paragraphs": articles[0]["paragraphs"][:2]}]
+        (tmp_path / f"{part}.json").write_text(json.dumps({"data": few}))
+    files = [str(tmp_path / f"{part}.json") for part in ("train", "dev")]
+    run = [str(long_bert), *files, "--epochs", "1", "--out", str(tmp_path / "out")]
+    context = "Anna lives in Berlin"
+    example("question_answering").main([*run, "--question", "where ?", "--context", context])
+    scores, answer = capsys.readouterr().out.splitlines()
+    assert scores.startswith("exact match: ") and answer and answer in context
