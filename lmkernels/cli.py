@@ -220,73 +220,157 @@ def evaluate(arguments) -> int:
 def add_generate(commands) -> None:
     command = add_command(commands, "generate", generate, "write text with a trained model, as it comes")
     command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or a folder of pretrain")
-    command.add_argument("--prompt", help="text to continue; default: standard input, or a fresh document")
+    command.add_argument("--prompt", help="text to continue; default: standard input; at a terminal, line by line")
     command.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 200, or what the context leaves")
     command.add_argument("--temperature", type=float, metavar="T", help="default 1.0; lower is safer")
     command.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default 50; 0: all)")
     command.add_argument("--top-p", type=float, metavar="P", help="draw from the tokens that make up probability P")
+    command.add_argument("--min-p", type=float, metavar="P", help="draw from tokens P times as likely as the likeliest")
+    command.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: repeat less (default 1.0)")
     command.add_argument("--greedy", action="store_true", help="take the most likely token each time")
+    command.add_argument("--num-beams", type=int, metavar="N", help="search for the likeliest text with N beams")
+    command.add_argument("--stop", action="append", metavar="TEXT", help="end after this text; may be given repeatedly")
     command.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the prompt")
     command.add_argument("--seed", type=int, help="makes the samples repeatable")
+    command.add_argument("--prompt-lookup", type=int, metavar="N", help="guess N tokens ahead from the text so far")
+    command.add_argument("--draft-model", metavar="DIR", help="a smaller model that guesses ahead")
     command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
+    command.add_argument("--quantize", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
     command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    command.add_argument("--stats", action="store_true", help="report tokens per second on standard error")
-    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    command.add_argument("--stats", action="store_true", help="report speed and memory on standard error")
+    command.add_argument("--json", action="store_true", help="print one JSON object per prompt instead of text")
 
 
 def generate(arguments) -> int:
     import torch
 
-    from .generation import TextStreamer
     from .models import GPT2LMHeadModel
     from .training.checkpoint import find, load_tokenizer
 
-    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if arguments.greedy and sampling:
-        raise ValueError(f"--greedy leaves nothing to draw from: drop it or {option_name(next(iter(sampling)))}")
+    draws = [name for name in ("temperature", "top_k", "top_p", "min_p") if getattr(arguments, name) is not None]
+    if draws and (arguments.greedy or arguments.num_beams is not None):
+        option = "--greedy" if arguments.greedy else "--num-beams"
+        raise ValueError(f"{option} leaves nothing to draw from: drop it or {option_name(draws[0])}")
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     folder = find(arguments.model)
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=arguments.dtype)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=arguments.dtype, quantize=arguments.quantize)
     tokenizer = load_tokenizer(folder)
-    prompt = read_prompt(arguments.prompt)
-    ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
-    stream = arguments.num_return_sequences == 1 and not arguments.json
-    max_new_tokens = arguments.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(200, model.config.n_positions - len(ids)))
-    start = time.perf_counter()
-    tokens = model.generate(
-        [ids],
-        max_new_tokens=max_new_tokens,
-        do_sample=not arguments.greedy,
-        num_return_sequences=arguments.num_return_sequences,
-        seed=arguments.seed,
-        streamer=TextStreamer(tokenizer, skip_prompt=False) if stream else None,
-        **sampling,
-    )
-    seconds = time.perf_counter() - start
-    count = tokens[:, len(ids) :].numel()
-    rate = round(count / seconds, 1)
-    completions = [tokenizer.decode(row[len(ids) :].tolist()) for row in tokens]
-    if arguments.json:
-        result = {"prompt": prompt, "completions": completions, "tokens": count, "seconds": round(seconds, 3)}
-        print(json.dumps(result | {"tokens_per_second": rate}))
-    elif not stream:
-        print("\n---\n".join(prompt + completion for completion in completions))
-    if arguments.stats:
-        print(f"{count} tokens in {seconds:.2f} s, {rate} tokens/s", file=sys.stderr)
+    given = {name: getattr(arguments, name) for name in (*draws, "repetition_penalty", "num_beams")}
+    settings = {name: value for name, value in given.items() if value is not None} | {
+        "do_sample": not arguments.greedy and arguments.num_beams is None,
+        "num_return_sequences": arguments.num_return_sequences,
+        "seed": arguments.seed,
+        "stop_strings": arguments.stop,
+        "tokenizer": tokenizer,
+        "prompt_lookup_num_tokens": arguments.prompt_lookup,
+        "assistant_model": arguments.draft_model and GPT2LMHeadModel.from_pretrained(find(arguments.draft_model)),
+    }
+    if arguments.prompt is None and sys.stdin.isatty():
+        return converse(arguments, model, tokenizer, settings)
+    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt is None else arguments.prompt
+    write(arguments, model, tokenizer, settings, prompt)
     return 0
 
 
-def read_prompt(given: str | None) -> str:
-    """The prompt on the command line, else standard input unless that is a terminal."""
-    if given is not None:
-        return given
-    return "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+def converse(arguments, model, tokenizer, settings: dict) -> int:
+    """One text for every line, until Ctrl-D. Ctrl-C ends the text that is being written."""
+    importlib.import_module("readline")  # history and editing for input()
+    print("One prompt per line; Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return 0
+        try:
+            write(arguments, model, tokenizer, settings, prompt)
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            fail(error, 2)
+
+
+def write(arguments, model, tokenizer, settings: dict, prompt: str) -> None:
+    """Prints one prompt's text, as it comes where one text is written token by token."""
+    import resource
+
+    import torch
+
+    from .generation import TextStreamer
+
+    ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
+    single = arguments.num_return_sequences == 1 and arguments.num_beams is None and not arguments.json
+    clock = Clock(TextStreamer(tokenizer, skip_prompt=False) if single else None)
+    max_new_tokens = arguments.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(200, model.config.n_positions - len(ids)))
+    streamer = None if arguments.num_beams is not None else clock
+    start = time.perf_counter()
+    tokens = model.generate([ids], max_new_tokens=max_new_tokens, streamer=streamer, **settings)
+    seconds = time.perf_counter() - start
+    new = tokens[:, len(ids) :]
+    completions = [tokenizer.decode(row.tolist()) for row in new]
+    ended = torch.isin(new, torch.tensor(model.config.eos_token_id or [])).long()
+    # what follows a row's first end token is padding
+    count = int((ended.cumsum(1) - ended == 0).sum())
+    stats = {
+        "prompt_tokens": len(ids),
+        "tokens": count,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(count / seconds, 1),
+        **clock.rates(len(ids), count),
+        "weight_bytes": model.get_memory_footprint(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+    if arguments.json:
+        print(json.dumps({"prompt": prompt, "completions": completions} | stats))
+    elif not single:
+        print("\n---\n".join(prompt + completion for completion in completions))
+    if arguments.stats:
+        print(stats_text(stats), file=sys.stderr)
+
+
+class Clock:
+    """A streamer that notes when tokens come and how many, and passes them on."""
+
+    def __init__(self, streamer=None):
+        self.streamer, self.times, self.counts = streamer, [], []
+
+    def put(self, tokens) -> None:
+        if self.streamer is not None:
+            self.streamer.put(tokens)
+        self.times.append(time.perf_counter())
+        self.counts.append(tokens.numel())
+
+    def end(self) -> None:
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def rates(self, prompt_tokens: int, tokens: int) -> dict:
+        """Tokens per second of the step that reads the prompt, and of those after it, if there were any."""
+        if len(self.times) < 3:
+            return {}
+        first, rest = self.times[1] - self.times[0], self.times[-1] - self.times[1]
+        return {
+            "prompt_tokens_per_second": round(prompt_tokens / first, 1),
+            "decode_tokens_per_second": round((tokens - self.counts[1]) / rest, 1),
+        }
+
+
+def stats_text(stats: dict) -> str:
+    apart = ""
+    if "decode_tokens_per_second" in stats:
+        apart = (
+            f" (prompt of {stats['prompt_tokens']}: {stats['prompt_tokens_per_second']} tokens/s; "
+            f"then {stats['decode_tokens_per_second']} tokens/s)"
+        )
+    return (
+        f"{stats['tokens']} tokens in {stats['seconds']:.2f} s, {stats['tokens_per_second']} tokens/s{apart}, "
+        f"{stats['weight_bytes'] / 1e6:,.0f} MB of weights, at most {stats['peak_bytes'] / 1e6:,.0f} MB in use"
+    )
 
 
 def add_bench(commands) -> None:

@@ -116,7 +116,44 @@ def test_generate_reads_standard_input_and_prints_json(run):
     )
     answer = json.loads(result.stdout)
     assert answer["prompt"] == "def é" and len(answer["completions"]) == 1 and answer["tokens"] <= 5
-    assert re.fullmatch(r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s\n", result.stderr)
+    for entry in ("tokens_per_second", "prompt_tokens_per_second", "decode_tokens_per_second", "weight_bytes"):
+        assert answer[entry] > 0
+    assert answer["peak_bytes"] > answer["weight_bytes"]
+    assert re.fullmatch(
+        r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s \(prompt of \d+: [\d.]+ tokens/s; then [\d.]+ tokens/s\), "
+        r"[\d.,]+ MB of weights, at most [\d.,]+ MB in use\n",
+        result.stderr,
+    )
+
+
+def test_generate_takes_the_settings_of_the_sampler(run, capsys):
+    def text(*options):
+        assert main(["generate", "--model", str(run), "--prompt", "def f", "--max-new-tokens", "9", *options]) == 0
+        return capsys.readouterr().out
+
+    greedy = text("--greedy")
+    assert text("--greedy", "--prompt-lookup", "3") == text("--greedy", "--draft-model", str(run)) == greedy
+    assert text("--greedy", "--repetition-penalty", "9.0") != greedy
+    assert text("--min-p", "1.0") == text("--top-k", "1") == greedy
+    assert text("--num-beams", "2", "--num-return-sequences", "2").count("def f") >= 2
+    varied = text("--greedy", "--repetition-penalty", "9.0")
+    stop = varied[len("def f") : -1][-1]
+    stopped = text("--greedy", "--repetition-penalty", "9.0", "--stop", "no such text", "--stop", stop)
+    assert varied.startswith(stopped[:-1]) and stop in stopped[len("def f") : -1]
+    assert text("--greedy", "--quantize", "int8").startswith("def f")
+
+
+def test_generate_at_a_terminal_asks_for_prompts_until_ctrl_d(run):
+    master, terminal = os.openpty()
+    command = [sys.executable, "-m", "lmkernels", "generate", "--model", str(run), "--max-new-tokens", "4", "--greedy"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.close(terminal)
+    os.write(master, ("def f\n" + "x" * 400 + "\nimport\n\x04").encode())
+    out, errors = process.communicate(timeout=60)
+    os.close(master)
+    assert process.returncode == 0 and "Traceback" not in errors
+    assert "def f" in out and "import" in out
+    assert "Ctrl-D ends" in errors and "n_positions = 32" in errors
 
 
 def test_generate_starts_a_document_from_an_empty_prompt(run, capsys):
@@ -166,6 +203,8 @@ def test_doctor_survives_a_wrong_isa():
         (["generate", "--model", "{run}", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["generate", "--model", "{run}", "--prompt", "x", "--temperature", "-1"], "temperature must be"),
         (["generate", "--model", "{run}", "--prompt", "x", "--greedy", "--top-k", "3"], "drop it or --top-k"),
+        (["generate", "--model", "{run}", "--prompt", "x", "--num-beams", "2", "--min-p", "0.1"], "drop it or --min-p"),
+        (["generate", "--model", "{run}", "--prompt", "x", "--stop", ""], "stop_strings must be"),
         (["generate", "--model", "{run}", "--prompt", "x", "--threads", "0"], "--threads must be at least 1"),
         (["generate", "--model", "{run}", "--prompt", "x", "--dtype", "int9"], "dtype must be"),
     ],

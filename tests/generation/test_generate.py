@@ -7,8 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lmkernels.generation import TextStreamer, processors
+from lmkernels.generation.decoder import Decoder
+from lmkernels.models import GPT2LMHeadModel
 
-from .conftest import VOCAB
+from .conftest import VOCAB, random_model
 
 
 def test_greedy_takes_the_most_likely_token_each_time(model, ids):
@@ -128,6 +130,138 @@ def test_text_streamer_prints_whole_characters_only():
     assert file.getvalue() == "c é…d\n"
 
 
+def rows_of(monkeypatch) -> list[int]:
+    """A list that gets the number of rows of every pass through a model."""
+    rows, forward = [], GPT2LMHeadModel.forward
+
+    def counting(self, input_ids, *args, **kwargs):
+        rows.append(input_ids.shape[0])
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", counting)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"do_sample": True, "seed": 3}, {"num_beams": 3, "early_stopping": True}],
+    ids=["greedy", "sample", "beams"],
+)
+@pytest.mark.parametrize("rest", [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}], ids=["", "penalties"])
+def test_finished_rows_are_computed_no_more_and_the_others_do_not_notice(model, ids, ragged, monkeypatch, mode, rest):
+    options = {"eos_token_id": [1, 5, 7, 9, 12], "pad_token_id": 3, "max_new_tokens": 40 - 8, **mode, **rest}
+    rows = rows_of(monkeypatch)
+    together = model.generate(ids, attention_mask=ragged, **options)
+    beams = mode.get("num_beams", 1)
+    assert rows[:2] == [3, 3 * beams] and rows[-1] < 3 * beams
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    # where a function of the caller's sees the rows, all of them are computed
+    rows.clear()
+    watched = model.generate(ids, attention_mask=ragged, stopping_criteria=[lambda ids, scores: False], **options)
+    assert set(rows[1:]) == {3 * beams}
+    assert torch.equal(together, watched)
+
+
+@torch.no_grad()
+def test_what_is_left_of_a_batch_keeps_its_bits(model, ids):
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    whole, part = (Decoder(model, mask, 48) for _ in range(2))
+    whole.logits(ids), part.logits(ids)
+    left = torch.tensor([2, 1])
+    part.reorder(left)
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    assert torch.equal(part.logits(longer[left]), whole.logits(longer)[left])
+
+
+def test_a_prompt_is_read_once_for_all_its_samples_and_beams(model, ids, monkeypatch):
+    rows = rows_of(monkeypatch)
+    model.generate(ids[:1], do_sample=True, num_return_sequences=4, max_new_tokens=3, eos_token_id=[])
+    model.generate(ids[:1], num_beams=4, max_new_tokens=3, eos_token_id=[])
+    assert rows == [1, 4, 4, 1, 4, 4]
+
+
+def test_presence_and_frequency_penalties_count_what_has_been_generated():
+    ids = torch.tensor([[0, 0, 3, 1, 2, 1], [4, 4, 4, 4, 4, 0]])
+    scores = torch.arange(12.0).view(2, 6)
+    taken = processors.presence_and_frequency_penalty(ids, scores, presence=0.5, frequency=0.25, prompt=3)
+    expected = torch.tensor([[0, 1.0, 0.75, 0, 0, 0], [0.75, 0, 0, 0, 1.0, 0]])
+    torch.testing.assert_close(scores - taken, expected)
+
+
+def test_presence_penalty_bars_repetition_and_frequency_penalty_acts(model, ids):
+    new = model.generate(ids, presence_penalty=1e4, max_new_tokens=30, eos_token_id=[])[:, 8:]
+    assert all(len(set(row.tolist())) == 30 for row in new)
+    options = {"max_new_tokens": 30, "eos_token_id": []}
+    assert not torch.equal(model.generate(ids, frequency_penalty=2.0, **options), model.generate(ids, **options))
+
+
+def test_settings_come_from_a_dict_and_arguments_win(model, ids):
+    config = {"max_new_tokens": 5, "top_k": 3, "do_sample": True, "seed": 1}
+    given = {name: value for name, value in config.items() if name != "seed"}
+    tokens = model.generate(ids, given, seed=1)
+    assert torch.equal(tokens, model.generate(ids, **config))
+    assert model.generate(ids, given, max_new_tokens=2).shape[1] == 10
+
+
+def test_no_prompt_begins_with_the_bos_token(model):
+    before = model.config.bos_token_id
+    try:
+        model.config.bos_token_id = 4
+        assert torch.equal(model.generate(max_new_tokens=6), model.generate([[4]], max_new_tokens=6))
+        model.config.bos_token_id = None
+        with pytest.raises(ValueError, match="`bos_token_id` has to be defined when no `input_ids` are provided"):
+            model.generate()
+    finally:
+        model.config.bos_token_id = before
+
+
+def test_max_time_ends_before_max_length(model, ids):
+    assert model.generate(ids, max_time=1e-9, max_new_tokens=30, eos_token_id=[]).shape[1] == 9
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_of_a_broken_checkpoint_are_a_named_error(ids, mode, value):
+    broken = random_model()
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[3] = value
+    with pytest.raises(FloatingPointError, match="logits hold NaN or infinity in row 0: its weights are broken"):
+        broken.generate(ids, **mode)
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}])
+def test_processors_that_leave_no_token_are_a_named_error(model, ids, mode):
+    with pytest.raises(ValueError, match="leave no token to choose"):
+        model.generate(ids, suppress_tokens=list(range(VOCAB)), **mode)
+
+
+def test_ctrl_c_leaves_the_model_as_it_was(model, ids):
+    def interrupt(ids, scores):
+        if ids.shape[1] == 12:
+            raise KeyboardInterrupt
+        return False
+
+    before = model.generate(ids, max_new_tokens=9)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, max_new_tokens=9, stopping_criteria=[interrupt])
+    assert torch.equal(model.generate(ids, max_new_tokens=9), before)
+
+
+@pytest.mark.parametrize(
+    "options, idle",
+    [
+        ({"temperature": 0.7}, "temperature"),
+        ({"top_p": 0.7, "num_beams": 2}, "top_p"),
+        ({"length_penalty": 2.0}, "length_penalty"),
+        ({"output_scores": True}, "output_scores"),
+    ],
+)
+def test_settings_without_effect_are_warned_of(model, ids, options, idle):
+    with pytest.warns(UserWarning, match=rf"The following generation flags are not valid .*'{idle}'") as caught:
+        model.generate(ids, **options)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -141,6 +275,17 @@ def test_text_streamer_prints_whole_characters_only():
         ({"max_new_tokens": 41}, r"max_new_tokens must keep .* within n_positions = 48, got 8 \+ 41"),
         ({"max_length": 8}, "Input length of input_ids is 8, but `max_length` is set to 8"),
         ({"max_length": 49}, "max_length must keep"),
+        ({"min_length": -1}, "min_length must be a whole number"),
+        ({"do_sample": True, "min_p": 1.5}, r"min_p must lie in \[0, 1\], got 1.5"),
+        ({"do_sample": True, "typical_p": 0.0}, r"typical_p must lie in \(0, 1\]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a number"),
+        ({"num_beams": 0}, "num_beams must be a positive whole number, got 0"),
+        ({"num_beams": True}, "num_beams must be a positive whole number, got True"),
+        ({"suppress_tokens": ["a"]}, "suppress_tokens must be a list of token ids"),
+        ({"sequence_bias": {(): 1.0}}, "sequence_bias"),
+        ({"prefix_allowed_tokens_fn": lambda prompt, ids: []}, "prefix_allowed_tokens_fn must allow"),
+        ({"inputs": [[1]]}, "the same argument"),
         ({"attention_mask": torch.ones(3, 7)}, "attention_mask must be"),
         ({"attention_mask": torch.tensor([[1] * 7 + [0]] * 3)}, "pad prompts on the left"),
         ({"attention_mask": torch.zeros(3, 8)}, "empty prompt"),
@@ -160,3 +305,14 @@ def test_bad_arguments_are_named_errors(model, ids, options, message):
 def test_unknown_argument_is_named_in_hugging_faces_words(model, ids):
     with pytest.raises(ValueError, match=r"The following `model_kwargs` are not used by the model: \['num_beam'\]"):
         model.generate(ids, num_beam=4)
+
+
+@pytest.mark.parametrize("name, value", [("guidance_scale", 1.5), ("watermarking_config", {}), ("num_beam_groups", 2)])
+def test_what_is_absent_says_so(model, ids, name, value):
+    with pytest.raises(NotImplementedError, match=name):
+        model.generate(ids, **{name: value})
+
+
+def test_what_is_no_function_is_a_named_error(model, ids):
+    with pytest.raises(TypeError, match="logits_processor must be a list of functions"):
+        model.generate(ids, logits_processor=[3])
