@@ -98,7 +98,11 @@ def add_settings(command, settings) -> None:
         many = {"nargs": "+", "metavar": "PATH"} if field.name == "corpus" else {"metavar": kind.__name__.upper()}
         shown = "" if field.name == "corpus" or default in (None, "") else f" (default {default})"
         target = limits if field.name in ("steps", "minutes", "epochs") else command
-        target.add_argument(option_name(field.name), type=kind, help=field.metadata["help"] + shown, **many)
+        if kind is bool:
+            many = {"action": argparse.BooleanOptionalAction}
+        else:
+            many["type"] = kind
+        target.add_argument(option_name(field.name), help=field.metadata["help"] + shown, **many)
 
 
 def option_name(field: str) -> str:

@@ -86,12 +86,12 @@ def read_config(folder: Path) -> dict:
         raise FileNotFoundError(f"the checkpoint {str(folder)!r} has no {CONFIG}") from None
 
 
-def read_generation_config(folder: Path) -> dict:
+def read_generation_config(folder: Path) -> dict | None:
     """The entries of the folder's generation_config.json, if it has one."""
     try:
         return read_json(folder / GENERATION_CONFIG)
     except FileNotFoundError:
-        return {}
+        return None
 
 
 def read_json(file: Path) -> dict:
@@ -192,7 +192,9 @@ def read_pickle(file: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def save(folder: str | Path, config: dict, generation_config: dict, tensors: dict, max_shard_size: int | str) -> None:
+def save(
+    folder: str | Path, config: dict, generation_config: dict | None, tensors: dict, max_shard_size: int | str
+) -> None:
     """Writes a checkpoint. All files are complete before any takes its name; those of an earlier save then vanish."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -212,7 +214,7 @@ def save(folder: str | Path, config: dict, generation_config: dict, tensors: dic
         for file, names in split.filename_to_tensors.items()
     }
     objects = {CONFIG: config}
-    if generation_config:
+    if generation_config is not None:
         objects[GENERATION_CONFIG] = generation_config
     if split.is_sharded:
         objects[f"{WEIGHTS}.index.json"] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ class PretrainedConfig:
 
     model_type = ""
     # Hugging Face's Trainer leaves these entries of an output out of what it collects
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     @classmethod
     def from_dict(cls, entries: dict, **overrides):
@@ -85,7 +86,8 @@ class PretrainedModel(nn.Module):
         if not isinstance(config, self.config_class):
             raise TypeError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
-        self.generation_config: dict = {}
+        # what `generate` takes unless the call says otherwise; Hugging Face's generation_config.json
+        self.generation_config: SimpleNamespace | None = None
         self.quantization: str | None = None
 
     def post_init(self) -> None:
@@ -183,7 +185,8 @@ class PretrainedModel(nn.Module):
             **quantized.entry(self),
         }
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        checkpoint.save(path, config, self.generation_config, tensors, max_shard_size)
+        generation_config = None if self.generation_config is None else vars(self.generation_config)
+        checkpoint.save(path, config, generation_config, tensors, max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -243,8 +246,8 @@ class PretrainedModel(nn.Module):
             )
         if quantize and not packed:
             quantized.quantize(model, quantize)
-        if generation_config:
-            model.generation_config = generation_config
+        if generation_config is not None and model.generation_config is not None:
+            model.generation_config = SimpleNamespace(**generation_config)
         return model.eval()
 
     def _match(self, weights: Weights) -> tuple[dict[str, str], set[str]]:

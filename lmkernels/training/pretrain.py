@@ -36,26 +36,28 @@ def new_trainer(out: Path, options: dict, say) -> Trainer:
     settings = Settings(**options)
     settings.check()
     checkpoint.check_new(out)
+    configuration(settings, settings.vocab_size, None)
     device = prepare(settings)
     tokenizer, tokens = prepare_tokens(out, settings, say)
     end = tokenizer.token_to_id(END_OF_TEXT)
     torch.manual_seed(settings.seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=tokenizer.get_vocab_size(),
-            n_positions=settings.block_size,
-            n_embd=settings.n_embd,
-            n_layer=settings.n_layer,
-            n_head=settings.n_head,
-            resid_pdrop=settings.dropout,
-            embd_pdrop=settings.dropout,
-            attn_pdrop=settings.dropout,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    ).to(device)
+    model = GPT2LMHeadModel(configuration(settings, tokenizer.get_vocab_size(), end)).to(device)
     say(f"model: {model.num_parameters() / 1e6:.2f} M parameters, {settings.tokens_per_step} tokens per step")
     return Trainer(model, tokenizer, Text(tokens, settings), settings, out)
+
+
+def configuration(settings: Settings, vocab_size: int, end: int | None) -> GPT2Config:
+    """The model that the settings describe. Raises for one that cannot be built."""
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), settings.dropout)
+    same = ("n_embd", "n_layer", "n_head", "norm", "position", "mlp", "num_kv_heads", "bias")
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=settings.block_size,
+        bos_token_id=end,
+        eos_token_id=end,
+        **dropouts,
+        **{name: getattr(settings, name) for name in same},
+    )
 
 
 def resumed_trainer(out: Path, options: dict, say) -> Trainer:

@@ -73,6 +73,11 @@ class Settings(RunSettings):
     n_head: int = option(4, "attention heads")
     n_embd: int = option(256, "width of the model")
     block_size: int = option(256, "tokens of context")
+    norm: str = option("layer_norm", "layer_norm or rms_norm")
+    position: str = option("learned", "learned or rotary positions")
+    mlp: str = option("plain", "plain or swiglu feed-forward layers")
+    num_kv_heads: int | None = option(None, "heads of keys and values, shared by groups of heads; default: n_head")
+    bias: bool = option(True, "biases in layers and layer norms")
     dropout: float = option(0.0, "dropout probability")
 
     def check(self) -> None:

@@ -223,7 +223,11 @@ def test_bfloat16_autocast_stays_near_float32():
 def test_saved_model_loads_as_it_was(tmp_path):
     model, ids = small(), token_ids()
     model.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
     assert loaded.config == model.config and not loaded.training
