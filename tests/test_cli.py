@@ -194,6 +194,8 @@ def test_doctor_survives_a_wrong_isa():
         (["pretrain", "--out", "{tmp}", "--corpus", "{tmp}/nowhere"], "corpus must be a file or a folder"),
         (["pretrain", "--out", "{tmp}", "--corpus", "{tmp}"], "corpus must hold text, found none"),
         (["pretrain", "--out", "{tmp}", "--steps", "-1"], "steps must be positive, got -1"),
+        (["pretrain", "--out", "{tmp}", "--norm", "batch"], "norm must be one of layer_norm, rms_norm, got 'batch'"),
+        (["pretrain", "--out", "{tmp}", "--num-kv-heads", "3"], "n_head must be a multiple of num_kv_heads = 3, got 4"),
         (["pretrain", "--out", "{tmp}", "--resume"], "no checkpoint to resume"),
         (["pretrain", "--out", "{run}", "--corpus", "{tmp}"], "holds a run already"),
         (["pretrain", "--out", "{run}", "--resume", "--n-embd", "32"], "n_embd cannot change"),

@@ -125,8 +125,8 @@ class GPT2Config(PretrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.position == "rotary" and not (0 < self.rotary_fraction <= 1 and self.rotary_columns > 0):
             raise ValueError(
-                f"rotary_fraction must lie in (0, 1] and keep 2 or more of a head's {self.n_embd // self.n_head} columns, "
-                f"got {self.rotary_fraction}"
+                f"rotary_fraction must lie in (0, 1] and keep 2 or more of a head's {self.n_embd // self.n_head} "
+                f"columns, got {self.rotary_fraction}"
             )
 
     def _check_whole(self, name: str) -> None:

@@ -163,10 +163,14 @@ class PretrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the parameters have; quantised ones count as what they stand for."""
-        count = sum(x.numel() for x in self.parameters() if x.requires_grad or not only_trainable)
-        return count if only_trainable else count + sum(weight.shape.numel() for weight in quantized.weights(self))
+        embeddings = (nn.Embedding, quantized.QuantizedEmbedding) if exclude_embeddings else ()
+        excluded = [module for module in self.modules() if isinstance(module, embeddings)]
+        left_out = {id(x) for module in excluded for x in (*module.parameters(), *quantized.weights(module))}
+        counted = [x for x in self.parameters() if x.requires_grad or not only_trainable]
+        counted += [] if only_trainable else quantized.weights(self)
+        return sum(x.shape.numel() for x in counted if id(x) not in left_out)
 
     def get_memory_footprint(self) -> int:
         """Bytes of all parameters and buffers."""

@@ -1,4 +1,4 @@
-"""Checkpoints in every form Hugging Face's have had: read alike, written as transformers reads them, refused by name."""
+"""Checkpoints in every form that Hugging Face's have had, written as transformers reads them, and refused by name."""
 
 import json
 import logging
@@ -326,6 +326,8 @@ def test_embeddings_can_be_had_and_exchanged():
     model.set_input_embeddings(nn.Embedding(61, 24))
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.base_model is model.transformer and model.num_parameters(only_trainable=True) == model.num_parameters()
+    rest = model.num_parameters() - (61 + 32) * 24
+    assert model.num_parameters(exclude_embeddings=True) == rest
     assert model.get_memory_footprint() == 4 * model.num_parameters()
 
 

@@ -66,7 +66,9 @@ def test_every_linear_layer_is_packed_and_the_head_shares_the_embedding(folder, 
         *(f"transformer.h.{i}.{norm}.weight" for i in range(2) for norm in ("ln_1", "ln_2")),
     }
     original = GPT2LMHeadModel.from_pretrained(folder)
-    assert model.num_parameters() == original.num_parameters()
+    for options in ({}, {"exclude_embeddings": True}):
+        assert model.num_parameters(**options) == original.num_parameters(**options)
+    assert model.num_parameters(only_trainable=True) == 0
     assert model.get_memory_footprint() < {"int8": 0.35, "int4": 0.25}[kind] * original.get_memory_footprint()
 
 

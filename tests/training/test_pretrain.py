@@ -62,6 +62,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, option
     assert logs[0] == logs[1]
 
 
+def test_a_model_as_llama_is_trains_and_resumes(tmp_path, options):
+    switches = {"norm": "rms_norm", "position": "rotary", "mlp": "swiglu", "num_kv_heads": 1, "bias": False}
+    first = pretrain(tmp_path, options | switches)
+    assert pretrain(tmp_path, {"steps": 40}, resume=True)["eval_loss"] < first["eval_loss"]
+    model = GPT2LMHeadModel.from_pretrained(find(tmp_path))
+    assert {name: getattr(model.config, name) for name in switches} == switches
+    assert {name.rpartition(".")[2] for name, _ in model.named_parameters()} == {"weight"}
+
+
 def test_grad_accumulation_equals_one_large_batch(tmp_path, options):
     options |= {"dropout": 0.0, "steps": 3}
     pretrain(tmp_path / "large", options | {"batch_size": 8})
