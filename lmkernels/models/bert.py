@@ -32,6 +32,7 @@ from .outputs import (
     TokenClassifierOutput,
 )
 from .pretrained import PretrainedConfig, PretrainedModel
+from .quantized import QuantizedLinear
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -150,8 +151,8 @@ class BertEmbeddings(nn.Module):
         """Packed, (t,) and inputs_embeds (t, d_model), to (t, d_model); either of the first two is None."""
         positions, types = self.position_embeddings.weight, self.token_type_embeddings.weight
         if inputs_embeds is None:
-            words, row = self.word_embeddings.weight, self.word_embeddings.padding_idx
-            if row is not None and words.requires_grad:
+            words = self.word_embeddings.weight
+            if isinstance(words, nn.Parameter) and (row := self.word_embeddings.padding_idx) is not None:
                 words = _WithoutGradientOfRow.apply(words, row)
             x = embed(
                 input_ids,
@@ -187,7 +188,7 @@ class _WithoutGradientOfRow(torch.autograd.Function):
 
 def project(module: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
     """activation(module(x)) + residual: inside the kernel, unless the layer has hooks or was exchanged (for LoRA)."""
-    if type(module) is Linear and not is_watched(module):
+    if type(module) in (Linear, QuantizedLinear) and not is_watched(module):
         return linear(x, module.weight, module.bias, activation=activation, residual=residual)
     x = module(x)
     if activation is not None:

@@ -96,7 +96,11 @@ def quantize(model, kind: str) -> None:
 
     A model without memory, on the device "meta", gets layers without memory.
     """
-    tied = {name.rpartition(".")[0]: source.rpartition(".")[0] for name, source in model.tied_weights.items()}
+    tied = {
+        name.removesuffix(".weight"): source.removesuffix(".weight")
+        for name, source in model.tied_weights.items()
+        if name.endswith(".weight")
+    }
     linears = [name for name, module in model.named_modules() if weight_and_bias(module) is not None]
     for name in {tied[name] for name in linears if name in tied}:
         model.set_submodule(name, QuantizedEmbedding(packed(model.get_submodule(name).weight, kind)))

@@ -527,8 +527,19 @@ def test_bfloat16_weights_stay_near_float32(model_class):
     expected, out = small(model_class)(**inputs), small(model_class).bfloat16()(**inputs)
     for name, x in out.items():
         assert x.dtype == torch.bfloat16
-        if "start" not in name and "end" not in name:
-            close(x, expected[name], name, limit=0.05)
+        real = inputs["attention_mask"].bool() if x.shape[:2] == (B, S) else slice(None)
+        close(x[real], expected[name][real], name, limit=0.05)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_weights_of_8_bits_stay_near_float32(tmp_path, model_class):
+    model, inputs = small(model_class), batch()
+    model.save_pretrained(tmp_path)
+    out, expected = model_class.from_pretrained(tmp_path, quantize="int8")(**inputs), model(**inputs)
+    for name, x in out.items():
+        real = inputs["attention_mask"].bool() if x.shape[:2] == (B, S) else slice(None)
+        close(x[real], expected[name][real], name, limit=0.05)
+        assert not torch.equal(x, expected[name])
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
