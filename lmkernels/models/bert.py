@@ -22,11 +22,13 @@ from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.norms import layer_norm
 from ..ops.positions import add_positions
 from .bert_padding import AllTokens, RealTokens, real_tokens
+from .dropout import Dropout
 from .gpt2 import ACTIVATIONS, check_range
 from .outputs import (
     BaseModelOutputWithPooling,
     BertForPreTrainingOutput,
     MaskedLMOutput,
+    ModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
@@ -38,6 +40,18 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 # the label of what does not count in a loss
 IGNORED = -100
+
+# arguments of Hugging Face's BERT that ask for what this one does not have
+ABSENT = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "head_mask",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 # the activations of `linear`, for layers that it does not compute
 FUNCTIONS = {
@@ -72,6 +86,8 @@ class BertConfig(PretrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     classifier_dropout: float | None = None
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
@@ -145,7 +161,7 @@ class BertEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, inputs_embeds, position_ids, token_type_ids) -> Tensor:
         """Packed, (t,) and inputs_embeds (t, d_model), to (t, d_model); either of the first two is None."""
@@ -215,7 +231,7 @@ class AddAndNorm(nn.Module):
         super().__init__()
         self.dense = Linear(d_in, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         norm = self.LayerNorm
@@ -283,8 +299,6 @@ class BertPreTrainedModel(PretrainedModel):
 
     config_class = BertConfig
     base_model_prefix = "bert"
-    # tells Hugging Face's Trainer that forward takes num_items_in_batch
-    accepts_loss_kwargs = True
     _input_embeddings = "embeddings.word_embeddings"
     _heads = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
     _renames = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -319,22 +333,30 @@ class BertModel(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> BaseModelOutputWithPooling:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> BaseModelOutputWithPooling | tuple:
         """
         input_ids: (b, s)
         attention_mask: (b, s)         nonzero = a real token; padding may stand anywhere and costs nothing
         token_type_ids: (b, s)         default: 0
         position_ids: (b, s) or (1, s) default: 0, 1, 2, ..., padding counted
         inputs_embeds: (b, s, d_model) instead of input_ids
+        return_dict                    False: a tuple, without what is None
+        absent                         what Hugging Face's BERT also takes, such as output_attentions, must be None or
+                                       False
         """
-        x, tokens = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         pooled = None if self.pooler is None else self.pooler(x, tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens.unpack(x), pooler_output=pooled)
+        return returned(
+            BaseModelOutputWithPooling(last_hidden_state=tokens.unpack(x), pooler_output=pooled), return_dict
+        )
 
     def encode(
-        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent: dict
     ) -> tuple[Tensor, AllTokens | RealTokens]:
         """The hidden states (t, d_model) of the real tokens, and which these are."""
+        check_absent(absent)
         given = self._check(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         (b, s), device = given.shape[:2], given.device
         tokens = real_tokens(b, s, attention_mask, device)
@@ -447,20 +469,22 @@ class BertForMaskedLM(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> MaskedLMOutput:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> MaskedLMOutput | tuple:
         """As BertModel. In training mode the loss comes without the logits, which nobody reads there.
 
         labels: (b, s)      the tokens that stood at the masked places; -100, and padding, are ignored
         num_items_in_batch  divides the summed loss, instead of the count of labels in this batch
         """
         check_labels("labels", labels, input_ids, inputs_embeds, self.config.vocab_size)
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         head, loss, logits = self.cls.predictions, None, None
         if labels is not None:
             loss = head.loss(x, tokens.pack(labels), num_items_in_batch)
         if labels is None or not self.training:
             logits = tokens.unpack(head(x))  # (b, s, vocab)
-        return MaskedLMOutput(loss=loss, logits=logits)
+        return returned(MaskedLMOutput(loss=loss, logits=logits), return_dict)
 
 
 class BertForPreTraining(BertPreTrainedModel):
@@ -484,7 +508,9 @@ class BertForPreTraining(BertPreTrainedModel):
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> BertForPreTrainingOutput:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> BertForPreTrainingOutput | tuple:
         """As BertModel. With both labels, the loss is the sum of the two; in training mode it comes without
         prediction_logits.
 
@@ -495,7 +521,7 @@ class BertForPreTraining(BertPreTrainedModel):
         """
         check_labels("labels", labels, input_ids, inputs_embeds, self.config.vocab_size)
         check_labels("next_sentence_label", next_sentence_label, input_ids, inputs_embeds, 2, per_row=True)
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         relationship = project(self.cls.seq_relationship, self.bert.pooler(x, tokens))  # (b, 2)
         loss, logits = None, None
         if labels is not None and next_sentence_label is not None:
@@ -506,12 +532,15 @@ class BertForPreTraining(BertPreTrainedModel):
             loss = loss + self.cls.predictions.loss(x, labels, num_items_in_batch)
         if loss is None or not self.training:
             logits = tokens.unpack(self.cls.predictions(x))  # (b, s, vocab)
-        return BertForPreTrainingOutput(loss=loss, prediction_logits=logits, seq_relationship_logits=relationship)
+        return returned(
+            BertForPreTrainingOutput(loss=loss, prediction_logits=logits, seq_relationship_logits=relationship),
+            return_dict,
+        )
 
 
-def classifier_dropout(config: BertConfig) -> nn.Dropout:
+def classifier_dropout(config: BertConfig) -> Dropout:
     p = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return nn.Dropout(p)
+    return Dropout(p)
 
 
 class BertForSequenceClassification(BertPreTrainedModel):
@@ -533,7 +562,9 @@ class BertForSequenceClassification(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> SequenceClassifierOutput:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> SequenceClassifierOutput | tuple:
         """As BertModel.
 
         labels: (b,) integers for one label per row, (b, num_labels) for several of them or a regression, whose (b,)
@@ -541,10 +572,10 @@ class BertForSequenceClassification(BertPreTrainedModel):
             Hugging Face does: a regression when num_labels is 1, one label when they are integers, else several
         num_items_in_batch: divides the summed loss, instead of the number of labels in this batch
         """
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         logits = project(self.classifier, self.dropout(self.bert.pooler(x, tokens)))  # (b, num_labels)
         loss = None if labels is None else self._loss(logits.float(), labels, num_items_in_batch)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return returned(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items_in_batch) -> Tensor:
         config, n = self.config, self.config.num_labels
@@ -585,17 +616,19 @@ class BertForTokenClassification(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> TokenClassifierOutput:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> TokenClassifierOutput | tuple:
         """As BertModel.
 
         labels: (b, s)      -100, and padding, are ignored
         num_items_in_batch  divides the summed loss, instead of the count of labels in this batch
         """
         check_labels("labels", labels, input_ids, inputs_embeds, self.config.num_labels)
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         logits = project(self.classifier, self.dropout(x))  # (t, num_labels)
         loss = None if labels is None else cross_entropy(logits.float(), tokens.pack(labels), num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, logits=tokens.unpack(logits))
+        return returned(TokenClassifierOutput(loss=loss, logits=tokens.unpack(logits)), return_dict)
 
 
 class BertForQuestionAnswering(BertPreTrainedModel):
@@ -618,12 +651,14 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-    ) -> QuestionAnsweringModelOutput:
+        return_dict: bool | None = None,
+        **absent,
+    ) -> QuestionAnsweringModelOutput | tuple:
         """As BertModel; but the logits of padding are the least of their dtype, so that no answer is found there.
 
         start_positions, end_positions: (b,). Those outside the row, and on padding, are ignored.
         """
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
         logits = project(self.qa_outputs, x)  # (t, 2)
         logits = tokens.unpack(logits, fill=torch.finfo(logits.dtype).min)  # (b, s, 2)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(-1))
@@ -637,7 +672,9 @@ class BertForQuestionAnswering(BertPreTrainedModel):
                 )
             )
             loss = loss / 2
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits)
+        return returned(
+            QuestionAnsweringModelOutput(loss=loss, start_logits=start_logits, end_logits=end_logits), return_dict
+        )
 
 
 def answer(name: str, positions: Tensor, logits: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -655,6 +692,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tens
     if num_items_in_batch is None:
         return F.cross_entropy(logits, labels.long())
     return F.cross_entropy(logits, labels.long(), reduction="sum") / num_items_in_batch
+
+
+def returned(out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+    return out.to_tuple() if return_dict is False else out
+
+
+def check_absent(arguments: dict) -> None:
+    """Raises for arguments that nobody knows, and for those of Hugging Face's BERT that ask for what is not there."""
+    for name, value in arguments.items():
+        if name not in ABSENT:
+            raise TypeError(f"BERT's forward() got an unexpected keyword argument {name!r}")
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name} must be None: it is not supported, got {type(value).__name__}")
 
 
 def check_integers(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...] | None) -> None:

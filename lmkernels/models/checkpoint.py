@@ -226,6 +226,10 @@ def save(
             file.unlink()
 
 
+def save_config(folder: str | Path, config: dict) -> None:
+    write_files(Path(folder), {CONFIG: lambda path: path.write_text(json.dumps(config, indent=2) + "\n")})
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """safetensors' save_file, whose failures (a full disk) come out as the OSError they are."""
     try:

@@ -332,8 +332,7 @@ class GPT2LMHeadModel(PretrainedModel):
 
     config_class = GPT2Config
     base_model_prefix = "transformer"
-    # tells Hugging Face's Trainer that forward takes num_items_in_batch, and that it shifts the labels
-    accepts_loss_kwargs = True
+    # tells Hugging Face's Trainer that forward shifts the labels
     loss_type = "ForCausalLM"
     generate = generate
     _input_embeddings = "wte"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from . import checkpoint, quantized
+from . import checkpoint, quantized, trainer
 from .checkpoint import Weights, listed
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,10 @@ class PretrainedConfig:
             model_type = names[0]
         if model_type != cls.model_type:
             raise ValueError(f"the checkpoint must hold a model of type {cls.model_type!r}, got {model_type!r}")
+
+    def get_text_config(self, decoder: bool | None = None):
+        """Itself: Hugging Face's Trainer and pipelines ask for the part of a configuration that is about text."""
+        return self
 
     def to_dict(self) -> dict:
         return {"model_type": self.model_type, **asdict(self)}
@@ -144,6 +148,15 @@ class PretrainedModel(nn.Module):
         return super().train(mode)
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Tells Hugging Face's Trainer that forward takes num_items_in_batch.
+
+        A Trainer asks when it gets the model, which is the time to see to what it will save.
+        """
+        trainer.save_configuration_too(PretrainedModel)
+        return True
+
+    @property
     def base_model(self) -> nn.Module:
         """The model without its head."""
         return getattr(self, self.base_model_prefix, self)
@@ -183,14 +196,20 @@ class PretrainedModel(nn.Module):
         max_shard_size: weights that are larger are spread over several files, with model.safetensors.index.json.
         All files are complete before any takes its name. What is tied is written once.
         """
-        config = self.config.to_dict() | {
+        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        generation_config = None if self.generation_config is None else vars(self.generation_config)
+        checkpoint.save(path, self._config_entries(), generation_config, tensors, max_shard_size)
+
+    def save_config(self, path: str | Path) -> None:
+        """Writes config.json alone into the folder `path`."""
+        checkpoint.save_config(path, self._config_entries())
+
+    def _config_entries(self) -> dict:
+        return self.config.to_dict() | {
             "architectures": [type(self).__name__],
             "dtype": str(self.dtype).removeprefix("torch."),
             **quantized.entry(self),
         }
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        generation_config = None if self.generation_config is None else vars(self.generation_config)
-        checkpoint.save(path, config, generation_config, tensors, max_shard_size)
 
     @classmethod
     def from_pretrained(

@@ -17,6 +17,7 @@ from lmkernels.models import (
     BertForTokenClassification,
     BertModel,
 )
+from lmkernels.models.dropout import Dropout
 from lmkernels.models.outputs import SequenceClassifierOutput
 
 SHAPE = {
@@ -498,6 +499,23 @@ def test_dropout_acts_in_training_only_and_follows_the_seed():
         assert torch.equal(first, model(**inputs).logits)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_keeps_the_mean_and_has_the_gradient_of_what_is_kept(p):
+    dropout = Dropout(p)
+    x = torch.ones(501, 403, requires_grad=True)
+    y = dropout(x)
+    spread = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs((y == 0).double().mean() - p) < 5 * spread + 2**-16
+    kept = y[y > 0]
+    assert torch.allclose(kept, torch.tensor(1 / (1 - p)), rtol=2**-15 / (1 - p))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    # neighbours, who share a draw, are dropped independently
+    together = ((y[:, 1:] == 0) & (y[:, :-1] == 0)).double().mean()
+    assert abs(together - p * p) < 5 * p * (1 / x.numel()) ** 0.5 + 2**-15
+    assert torch.equal(dropout.eval()(x), x)
+
+
 @pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
 def test_every_dropout_of_the_configuration_acts(where):
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
@@ -580,6 +598,19 @@ def test_exchanged_and_watched_layers_are_called():
     assert seen == [(int(inputs["attention_mask"].sum()), SHAPE["hidden_size"])]
 
 
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_arguments_of_hugging_faces_model_are_understood_or_refused(model_class):
+    model, inputs = small(model_class), batch()
+    labels = labels_of(model)
+    out = model(**inputs, **labels, output_attentions=False, head_mask=None, return_dict=True)
+    for x, y in zip(model(**inputs, **labels, return_dict=False), out.values(), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(NotImplementedError, match="output_hidden_states must be None: .*, got bool"):
+        model(**inputs, output_hidden_states=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
+        model(**inputs, label=None)
+
+
 def test_output_reads_as_attributes_as_a_dict_as_a_tuple_and_is_made_anew_of_a_dict():
     model, inputs = small(BertForSequenceClassification), batch()
     out = model(**inputs)
@@ -594,7 +625,7 @@ def test_compiled_model_gives_the_same(mask):
     model, inputs = small(BertForSequenceClassification), batch()
     if not mask:
         del inputs["attention_mask"]
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=not mask)
+    compiled = torch.compile(model, backend="eager" if mask else "aot_eager", fullgraph=not mask)
     labels = labels_of(model)
     out, expected = compiled(**inputs, **labels), model(**inputs, **labels)
     close(out.logits, expected.logits)
