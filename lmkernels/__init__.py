@@ -2,7 +2,7 @@
 
 from . import hf, nn
 from ._library import backends
-from .ops.attention import attention, attention_weights, scaled_dot_product_attention
+from .ops.attention import attention, attention_weights, capture_attention, scaled_dot_product_attention
 from .ops.attention_decode import attention_decode
 from .ops.attention_varlen import attention_varlen
 from .ops.embed import embed
@@ -30,6 +30,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "backends",
+    "capture_attention",
     "embed",
     "hf",
     "layer_norm",

@@ -116,15 +116,9 @@ def attention_weights(
     q, k = autocast(q, k)
     b, s_q, h, d, s_k = check_qkv(q, k, k)
     left, right = check_window(window, causal)
-    mask, bias, alibi_slopes, sink, kv_lengths = check_features(
-        q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths
-    )
-    scale, softcap = check_scale(scale, d), check_softcap(softcap)
-    with torch.autocast(q.device.type, enabled=False):
-        scores, visible = reference.scores_and_visible(
-            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, s_k - s_q, scale, softcap
-        )
-        return reference.weights_and_lse(scores, visible, sink)[0].to(q.dtype)
+    options = check_features(q, b, h, s_q, s_k, mask, bias, alibi_slopes, sink, kv_lengths)
+    band = left, right, s_k - s_q
+    return reference.weights(q, k, *options, None, *band, check_scale(scale, d), check_softcap(softcap))
 
 
 def scaled_dot_product_attention(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import needs_gradient, reference_gradients
-from . import native, reference, triton
+from . import capture, native, reference, triton
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
@@ -19,6 +19,8 @@ Features = tuple
 
 def run(module, q: Tensor, k: Tensor, v: Tensor, features: Features, deterministic: bool) -> tuple[Tensor, Tensor]:
     """out and lse from a backend; autograd is entered only where a gradient is wanted."""
+    if capture.listening:
+        capture.record(reference.weights, q, k, *features)
     if module is reference or not needs_gradient(q, k, v, *features[1:4]):
         return module.forward(q, k, v, *features)
     return _Attention.apply(module.__name__.rpartition(".")[2], deterministic, q, k, v, *features)

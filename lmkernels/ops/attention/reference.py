@@ -97,6 +97,30 @@ def weights_and_lse(scores: Tensor, visible: Tensor, sink: Tensor | None) -> tup
     return e / l[..., None], lse
 
 
+def weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    kv_lengths: Tensor | None,
+    seed: Tensor | None,
+    left: int,
+    right: int,
+    offset: int | Tensor,
+    scale: float,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The attention map before dropout, (b, h, s_q, s_k) in q's dtype; arguments as in `forward`."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores, visible = scores_and_visible(
+            q, k, mask, bias, alibi_slopes, kv_lengths, left, right, offset, scale, softcap
+        )
+        return weights_and_lse(scores, visible, sink)[0].to(q.dtype)
+
+
 def forward(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient
 from .._checks import autocast, check_device, check_tensor
+from ..attention import capture
 from ..attention.autograd import gradient_of
 from ..attention.checks import (
     check_dropout,
@@ -126,6 +127,8 @@ def attention_varlen(
         softcap,
         dropout_p,
     )
+    if capture.listening:
+        capture.record(reference.weights, q, k, *features)
     if module is reference or not needs_gradient(q, k, v, *options[1:4]):
         out, lse = module.forward(q, k, v, *features)
     else:

@@ -33,6 +33,38 @@ def unpad(x: Tensor, place: Tensor, t: int, fill: float) -> Tensor:
     return x.new_full((t + 1, *x.shape[2:]), fill).index_put((place,), x)[:t]
 
 
+def weights(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    kv_lengths: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The maps of the sequences before dropout, padded with zeros: (n, h, max_seqlen_q, max_seqlen_k)."""
+    place_q, lengths_q = places(cu_seqlens_q, max_seqlen_q, q.shape[0])
+    place_k, lengths_k = places(cu_seqlens_k, max_seqlen_k, k.shape[0])
+    visible = lengths_k if kv_lengths is None else torch.minimum(lengths_k, kv_lengths)
+    offset = (lengths_k - lengths_q)[:, None, None, None]
+    exists = (place_q < q.shape[0])[:, None, :, None]  # (n, 1, max_seqlen_q, 1)
+    mask = exists if mask is None else mask & exists
+    padded = pad(q, place_q), pad(k, place_k)  # (n, max_seqlen, h, d)
+    return attention.weights(
+        *padded, mask, bias, alibi_slopes, sink, visible, None, left, right, offset, scale, softcap
+    )
+
+
 def forward(
     q: Tensor,
     k: Tensor,
