@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ._transformers import require_transformers
+from .check import check
 
-__all__ = ["register"]
+__all__ = ["check", "register"]
 
 
 def register() -> None:
