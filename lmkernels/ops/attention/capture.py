@@ -10,6 +10,8 @@ from torch import Tensor
 
 # what `capture_attention` has opened: the list of each, and whether its maps are detached
 listening: list[tuple[list[Tensor], bool]] = []
+# `_record` behind torch.compiler.disable, made when first wanted: that imports torch._dynamo, which takes a second
+record: Callable[..., None] | None = None
 
 
 @contextmanager
@@ -31,6 +33,9 @@ def capture_attention(*, detach: bool = True) -> Iterator[list[Tensor]]:
     graph breaks at every attention as long as someone listens; outside, nothing is paid and nothing recompiled. Threads
     are not told apart: a map of another thread's model is recorded too.
     """
+    global record
+    if record is None:
+        record = torch.compiler.disable(_record)
     maps: list[Tensor] = []
     mine = (maps, bool(detach))
     listening.append(mine)
@@ -40,8 +45,7 @@ def capture_attention(*, detach: bool = True) -> Iterator[list[Tensor]]:
         del listening[next(i for i, each in enumerate(listening) if each is mine)]
 
 
-@torch.compiler.disable
-def record(weights: Callable[..., Tensor], *arguments) -> None:
+def _record(weights: Callable[..., Tensor], *arguments) -> None:
     """Puts weights(*arguments) into every open list."""
     differentiable = not all(detach for _, detach in listening)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
