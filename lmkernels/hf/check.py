@@ -82,7 +82,7 @@ def check(model, inputs: dict[str, Tensor] | None = None, *, verbose: bool = Tru
     if not hasattr(model, "set_attn_implementation") or not hasattr(model, "config"):
         raise TypeError(f"model must be a Hugging Face model (a PreTrainedModel), got {type(model).__name__}")
     with _unchanged(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         lines = tuple(_lines(model, inputs))
     report = Report(type(model).__name__, lines)
     if verbose:
@@ -145,7 +145,11 @@ def _run(model, implementation: str, inputs: dict[str, Tensor]) -> _Result:
     """Outputs, attention layers and gradients, at the places where there is a token."""
     _use(model, implementation)
     layers, handles = [], []
-    tokens = [inputs[name].bool() for name in ("attention_mask", "decoder_attention_mask") if name in inputs]
+    tokens: dict[tuple, Tensor] = {}  # of each shape (b, s), where both encoder and decoder have a token
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if name in inputs:
+            mask = inputs[name].bool()
+            tokens[mask.shape] = mask & tokens.get(mask.shape, mask)
 
     def keep(name):
         def hook(module, arguments, output):
@@ -181,12 +185,10 @@ def _run(model, implementation: str, inputs: dict[str, Tensor]) -> _Result:
     return _Result(list(outputs), [x.detach() for x in outputs.values()], layers, gradients)
 
 
-def _at_tokens(x: Tensor, tokens: list[Tensor]) -> Tensor:
-    """x (b, s, ...) without its padding, where a mask (b, s) of that size is known; a query of padding is undefined."""
-    for mask in tokens:
-        if mask.dim() == 2 and x.shape[:2] == mask.shape:
-            return x[mask]
-    return x
+def _at_tokens(x: Tensor, tokens: dict[tuple, Tensor]) -> Tensor:
+    """x (b, s, ...) without its padding, where there is a mask (b, s): what a query of padding gives is undefined."""
+    mask = tokens.get(x.shape[:2])
+    return x if mask is None else x[mask]
 
 
 def _alone_or_padded(model, inputs: dict[str, Tensor], given: bool, allowed: float) -> Line:
