@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ._transformers import require_transformers
+from .accelerate import accelerate, restore
 from .check import check
 
-__all__ = ["check", "register"]
+__all__ = ["accelerate", "check", "register", "restore"]
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ Each is a subclass of the torch module of its name. `replace(model)` puts them i
 """
 
 from .attention import MultiheadAttention
+from .embedding import Embedding
 from .encoder import TransformerEncoderLayer
 from .linear import Linear
 from .norm import LayerNorm, RMSNorm
@@ -11,6 +12,7 @@ from .replace import Report, replace, restore
 from .rotary import RotaryEmbedding
 
 __all__ = [
+    "Embedding",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
