@@ -133,18 +133,20 @@ def _difference(module: torch.nn.Module, ours: type) -> str:
         return ""
     if any(parameter.is_meta for parameter in module.parameters()):
         return "without numbers, on the meta device, nobody can tell what it computes"
-    with _evaluating(module), torch.no_grad():
+    with _evaluating(module), torch.enable_grad():
         twin = copy.copy(module)
         twin.__class__ = ours
         inputs = ours.example(twin, torch.Generator().manual_seed(0))
         method = getattr(ours, "method", "forward")
         try:
-            theirs = getattr(module, method)(*inputs)
-            found = getattr(twin, method)(*inputs)
+            theirs, found = (getattr(either, method)(*inputs) for either in (module, twin))
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             return f"its {method} cannot be tried: {error}"
+    if isinstance(theirs, tuple) and isinstance(found, tuple):
+        theirs, found = theirs[0], found[0]  # the second are the attention's weights
     if not isinstance(theirs, torch.Tensor) or (theirs.shape, theirs.dtype) != (found.shape, found.dtype):
         return f"its {method} gives something else"
+    theirs, found = theirs.detach(), found.detach()
     limit = 1e-5 if theirs.dtype in (torch.float32, torch.float64) else 2e-2
     error = (found.double() - theirs.double()).norm()
     if not error <= limit * theirs.double().norm():

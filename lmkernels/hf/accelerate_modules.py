@@ -23,6 +23,7 @@ from ..ops.embed import embed
 from ..ops.linear import linear
 from ..ops.mlp import mlp, swiglu_mlp
 from ..ops.norms import layer_norm, rms_norm
+from ..ops.qkv_projection import qkv_projection
 
 ACTIVATIONS = {
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -201,6 +202,53 @@ class FeedForwardChunk(StandIn):
         )
 
 
+class SelfAttention(StandIn):
+    """BERT's query, key and value by one `lmkernels.qkv_projection`, where gradients are wanted.
+
+    The three weights are copied side by side, which costs less than the backward of one product saves; a forward alone
+    would save nothing.
+    """
+
+    @staticmethod
+    def read(module: nn.Module) -> tuple | str | None:
+        numbers = ("num_attention_heads", "attention_head_size", "scaling", "config")
+        if children(module) != {"query", "key", "value", "dropout"} or not all(hasattr(module, n) for n in numbers):
+            return None
+        if reason := not_plain(dict(module.named_children())):
+            return reason
+        shapes = {(part.weight.shape, part.bias is None) for part in (module.query, module.key, module.value)}
+        return () if len(shapes) == 1 else "query, key and value have different shapes"
+
+    @staticmethod
+    def example(module: nn.Module, generator: torch.Generator) -> tuple:
+        return (_random(module.query.weight, generator, 2, 3, module.query.in_features),)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more, **named):
+        parts = (self.query, self.key, self.value)
+        fused = (
+            torch.is_grad_enabled()
+            and self.config._attn_implementation == "lmkernels"
+            and not any(more)
+            and all(named.get(name) is None for name in ("cache", "past_key_values", "encoder_hidden_states"))
+            and are_plain(*parts)
+            and hidden_states.dim() == 3
+            and may_fuse(hidden_states, *parts)
+        )
+        if not fused:
+            return super().forward(hidden_states, attention_mask, *more, **named)
+        from .attention import attention_forward
+
+        weight = torch.cat([part.weight for part in parts])  # (3 h d, d_model)
+        bias = None if self.query.bias is None else torch.cat([part.bias for part in parts])
+        heads = qkv_projection(hidden_states, weight, bias, num_heads=self.num_attention_heads)  # (b, s, h, d) each
+        q, k, v = (x.transpose(1, 2) for x in heads)
+        dropout = self.dropout.p if self.training else 0.0
+        out, weights = attention_forward(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **named
+        )  # (b, s, h, d)
+        return out.flatten(-2), weights
+
+
 class Embeddings(StandIn):
     """BERT's and RoBERTa's three embeddings in one `lmkernels.embed`, then LayerNorm and dropout."""
 
@@ -285,7 +333,7 @@ class _Dropped(torch.autograd.Function):
         return _Dropped.apply(dout, ctx.saved_tensors[0], ctx.scale), None, None
 
 
-FORWARDS = (RMSNorm, MLP, SwiGLU, AddAndNorm, FeedForwardChunk, Embeddings, Dropout)
+FORWARDS = (RMSNorm, MLP, SwiGLU, AddAndNorm, FeedForwardChunk, SelfAttention, Embeddings, Dropout)
 
 
 def children(module: nn.Module) -> set[str]:

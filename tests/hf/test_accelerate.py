@@ -72,8 +72,22 @@ def test_training_needs_no_logits(name):
 SWAPPED = {
     "gpt2": {"MLP": 2, "Conv1D": 8, "LMHead": 1, "Dropout": 1 + 2 * 3},
     "llama": {"RMSNorm": 5, "SwiGLU": 2, "LMHead": 1},
-    "bert": {"Embeddings": 1, "FeedForwardChunk": 2, "AddAndNorm": 4, "LMHead": 1, "Dropout": 1 + 2 * 3},
-    "roberta": {"Embeddings": 1, "FeedForwardChunk": 2, "AddAndNorm": 4, "LMHead": 1, "Dropout": 1 + 2 * 3},
+    "bert": {
+        "Embeddings": 1,
+        "SelfAttention": 2,
+        "FeedForwardChunk": 2,
+        "AddAndNorm": 4,
+        "LMHead": 1,
+        "Dropout": 1 + 2 * 3,
+    },
+    "roberta": {
+        "Embeddings": 1,
+        "SelfAttention": 2,
+        "FeedForwardChunk": 2,
+        "AddAndNorm": 4,
+        "LMHead": 1,
+        "Dropout": 1 + 2 * 3,
+    },
     "t5": {"RMSNorm": 12, "MLP": 4, "LMHead": 1},
     "gemma": {"LMHead": 1},  # its norm multiplies by 1 + weight, its gate is GELU
 }
@@ -183,7 +197,9 @@ def test_a_hook_set_later_is_called(part):
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-@pytest.mark.parametrize("part", ["intermediate", "output", "output.dense", "intermediate.dense", "attention.output"])
+@pytest.mark.parametrize(
+    "part", ["attention.self.key", "attention.output", "intermediate", "intermediate.dense", "output"]
+)
 def test_hooks_within_a_layer_of_bert(name, part):
     ours, plain = twins(name)
     inputs = batch(name)
