@@ -1,10 +1,21 @@
 // Fetching memory before it is needed.
 #pragma once
 
+#include <cstdint>
+
 namespace lmk {
 
 // For what is needed some kilobytes later. To the L2 cache: the lines that may be under way to L1 are few, and rows
 // that lie a multiple of 4096 bytes apart share its sets.
 inline void fetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// How many bytes ahead a single stream is best fetched: with 9 kB it came a sixth slower than with 4 to 6 (Zen 4).
+constexpr int64_t kDistance = 4096;
+
+// What will be read after a task: runs of so many bytes, from one of which to the next it is `stride` bytes.
+struct Ahead {
+  const char* data = nullptr;  // null where it is not known
+  int64_t run = 0, stride = 0;
+};
 
 }  // namespace lmk

@@ -16,6 +16,7 @@
 
 #include "dtypes.h"
 #include "epilogue.h"
+#include "fetch.h"
 
 namespace lmk {
 
@@ -37,6 +38,7 @@ struct QuantizedArgs {
   int32_t* starts;  // (rows, groups, 2): what makes the weights' zero count as nothing
   float* x_scales;  // (rows,)
   int64_t panels_per_task, rows_per_task;
+  Ahead next;  // is fetched at the end of a task
 };
 
 // For one instruction set. No function allocates, throws or starts threads. Neither the other rows nor the columns of a

@@ -179,8 +179,8 @@ inline Vec<float> load_scales(const uint16_t* p) {
 
 // product[row][:] = x[row] * weights of kTilePanels panels, of which the last may be missing.
 template <int kBits, int kRows>
-[[gnu::noinline]] void quantized_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, float* product,
-                                      int64_t product_row) {
+[[gnu::noinline]] void quantized_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
+                                      float* product, int64_t product_row) {
   using V = Vec<float>;
   constexpr int64_t kStepBytes = kPanelCols * 4, kGroupSteps = kWeightGroup / 4;
   const int64_t panels = (a.cols + kPanelCols - 1) / kPanelCols;
@@ -196,7 +196,8 @@ template <int kBits, int kRows>
   };
   // what the next tile reads, at most 32 kB per panel on
   constexpr int64_t kFarthest = 32 * 1024;
-  const int64_t ahead = panel_bytes * kTilePanels < kFarthest ? panel_bytes * kTilePanels : kFarthest;
+  int64_t ahead = panel_bytes * kTilePanels < kFarthest ? panel_bytes * kTilePanels : kFarthest;
+  if (last && a.next.data) ahead = a.next.data - reinterpret_cast<const char*>(data[0]);
   const uint32_t* words = a.words + row * a.padded / 2;
   const int32_t* starts = a.starts + row * a.groups * 2;
   const int64_t words_row = a.padded / 2, starts_row = a.groups * 2;
@@ -277,18 +278,18 @@ template <int kBits, int kRows>
 }
 
 template <int kBits>
-void quantized_rows(const QuantizedArgs& a, int64_t rows, int64_t row, int64_t panel, bool fetch, float* product,
-                    int64_t product_row) {
+void quantized_rows(const QuantizedArgs& a, int64_t rows, int64_t row, int64_t panel, bool fetch, bool last,
+                    float* product, int64_t product_row) {
   switch (rows) {
     case 1:
-      return quantized_tile<kBits, 1>(a, row, panel, fetch, product, product_row);
+      return quantized_tile<kBits, 1>(a, row, panel, fetch, last, product, product_row);
     case 2:
-      return quantized_tile<kBits, 2>(a, row, panel, fetch, product, product_row);
+      return quantized_tile<kBits, 2>(a, row, panel, fetch, last, product, product_row);
 #if LMK_LANES == 16
     case 3:
-      return quantized_tile<kBits, 3>(a, row, panel, fetch, product, product_row);
+      return quantized_tile<kBits, 3>(a, row, panel, fetch, last, product, product_row);
     case 4:
-      return quantized_tile<kBits, 4>(a, row, panel, fetch, product, product_row);
+      return quantized_tile<kBits, 4>(a, row, panel, fetch, last, product, product_row);
 #endif
   }
 }
@@ -311,10 +312,11 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
       const int64_t have = (rows - r + tiles - i - 1) / (tiles - i);
       float* dst = product + r * ld + p * kPanelCols;
+      const bool last = (p + kTilePanels) * kPanelCols >= cols;
       if (a.bits == 4)
-        quantized_rows<4>(a, have, row + r, panel + p, i == 0, dst, ld);
+        quantized_rows<4>(a, have, row + r, panel + p, i == 0, last, dst, ld);
       else
-        quantized_rows<8>(a, have, row + r, panel + p, i == 0, dst, ld);
+        quantized_rows<8>(a, have, row + r, panel + p, i == 0, last, dst, ld);
       r += have;
     }
   for (int64_t r = 0; r < rows; ++r) finish_row(a.epilogue, row + r, col, cols, product + r * ld);

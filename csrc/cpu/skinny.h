@@ -6,6 +6,7 @@
 
 #include "dtypes.h"
 #include "epilogue.h"
+#include "fetch.h"
 
 namespace lmk {
 
@@ -22,6 +23,7 @@ struct SkinnyArgs {
 
   const void* packed;  // what pack_x has made of x
   int64_t packed_row;
+  Ahead next;  // is fetched at the end of a task
 };
 
 // For one dtype and instruction set. No function allocates, throws or starts threads. An element of the result is

@@ -10,16 +10,15 @@ namespace {
 
 constexpr int64_t kColumnDepth = 32;
 
-// Walks along rows of the weight, part by part, to fetch them.
-template <class Elem>
-struct RowWalk {
-  const Elem* p;
-  int64_t left, parts;    // parts of this row that are still to come, of so many
-  int64_t part, to_next;  // elements of a part, and from the end of a row to the next
-  void fetch() {
-    for (int64_t i = 0; i < part; i += 64 / sizeof(Elem)) fetch_to_l2(p + i);
+// Walks along runs of memory, part by part, to fetch them.
+struct RunWalk {
+  const char* p;
+  int64_t left, run, stride;  // bytes of this run that are still to come, of so many, and from one run to the next
+  void fetch(int64_t part) {
+    for (int64_t i = 0; i < part; i += 64) fetch_to_l2(p + i);
     p += part;
-    if (--left == 0) p += to_next, left = parts;
+    left -= part;
+    if (left <= 0) p += stride - run + left, left = run;
   }
 };
 
@@ -35,7 +34,7 @@ struct ColumnTile {
 
 // sums[row][:] += x[row] * w, for a panel of columns; fetches as much as it reads.
 template <class M, int kRows, bool kFetch>
-[[gnu::noinline]] void column_tile(const ColumnTile<M>& t, RowWalk<typename M::Elem>& ahead) {
+[[gnu::noinline]] void column_tile(const ColumnTile<M>& t, RunWalk& ahead) {
   using V = typename M::V;
   constexpr int kLanes = V::kLanes;
   V acc[kRows][kColumnVecs];
@@ -46,12 +45,12 @@ template <class M, int kRows, bool kFetch>
   const typename M::X* x = t.x;
   const typename M::Elem* w = t.w;
   const int64_t x_row = t.x_row, w_row = t.w_row;
-  RowWalk<typename M::Elem> walk = ahead;
-  walk.part = kColumnVecs * kLanes;
+  constexpr int64_t kPart = kColumnVecs * kLanes * int64_t(sizeof(typename M::Elem));
+  RunWalk walk = ahead;
   for (int64_t k = t.depth; k > 0; k -= M::kPack) {
     if constexpr (kFetch)
 #pragma GCC unroll 2
-      for (int d = 0; d < M::kPack; ++d) walk.fetch();
+      for (int d = 0; d < M::kPack; ++d) walk.fetch(kPart);
     typename M::W wv[kColumnVecs];
     M::load_columns(w, w_row, wv);
 #pragma GCC unroll 8
@@ -74,7 +73,7 @@ template <class M, int kRows, bool kFetch>
 }
 
 template <class M, bool kFetch>
-void column_rows(int64_t rows, const ColumnTile<M>& t, RowWalk<typename M::Elem>& ahead) {
+void column_rows(int64_t rows, const ColumnTile<M>& t, RunWalk& ahead) {
   switch (rows) {
     case 1:
       return column_tile<M, 1, kFetch>(t, ahead);
@@ -91,10 +90,53 @@ void column_rows(int64_t rows, const ColumnTile<M>& t, RowWalk<typename M::Elem>
   }
 }
 
+// The same for a single row of x and a block of the depth, with the same bits: in the order of memory, which comes
+// faster than panel by panel. cols: of whole panels; block (cols,): room for the sums of this block
+template <class M>
+void column_lines(const ColumnTile<M>& t, int64_t cols, Ahead next, typename M::Acc* block) {
+  using V = typename M::V;
+  constexpr int64_t kLanes = V::kLanes, kPanel = kColumnVecs * kLanes, kAtOnce = 2, kDistance = 8192;
+  constexpr int64_t size = sizeof(typename M::Elem);
+  const int64_t apart = round_up((kDistance + cols * size - 1) / (cols * size), kAtOnce);
+  for (int64_t d = 0; d < t.depth; d += kAtOnce) {
+    const typename M::Elem* w = t.w + d * t.w_row;
+    const char* fetch[kAtOnce];
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      const int64_t row = d + i + apart;
+      fetch[i] = row < t.depth ? reinterpret_cast<const char*>(t.w + row * t.w_row)
+                               : next.data + (row - t.depth) * next.stride;
+    }
+    typename M::W x[kAtOnce / M::kPack];
+#pragma GCC unroll 2
+    for (int i = 0; i < kAtOnce / M::kPack; ++i) x[i] = M::broadcast_x(t.x + d + i * M::kPack);
+    const bool first = d == 0, last = d + kAtOnce == t.depth;
+    for (int64_t c = 0; c < cols; c += kPanel) {
+      for (int64_t i = 0; i < kAtOnce; ++i)
+        for (int64_t line = 0; line < kPanel * size; line += 64) fetch_to_l2(fetch[i] + c * size + line);
+      V acc[kColumnVecs];
+#pragma GCC unroll 8
+      for (int v = 0; v < kColumnVecs; ++v) acc[v] = first ? V::zero() : V::load(block + c + v * kLanes);
+#pragma GCC unroll 2
+      for (int i = 0; i < kAtOnce / M::kPack; ++i) {
+        typename M::W wv[kColumnVecs];
+        M::load_columns(w + i * M::kPack * t.w_row + c, t.w_row, wv);
+#pragma GCC unroll 8
+        for (int v = 0; v < kColumnVecs; ++v) acc[v] = M::dot(acc[v], wv[v], x[i]);
+      }
+      typename M::Acc* dst = last ? t.sums + c : block + c;
+#pragma GCC unroll 8
+      for (int v = 0; v < kColumnVecs; ++v) {
+        if (last) acc[v] = V::load(dst + v * kLanes) + acc[v];
+        acc[v].store(dst + v * kLanes);
+      }
+    }
+  }
+}
+
 template <class M>
 int64_t columns_scratch(const SkinnyArgs& a, int64_t cols) {
   constexpr int64_t kPanel = kColumnVecs * M::V::kLanes;
-  return a.rows * round_up(cols, kPanel) * int64_t(sizeof(typename M::Acc)) +
+  return (a.rows + (a.rows == 1)) * round_up(cols, kPanel) * int64_t(sizeof(typename M::Acc)) +
          kColumnDepth * kPanel * int64_t(sizeof(typename M::Elem));
 }
 
@@ -104,16 +146,27 @@ void run_columns(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch
   using Elem = typename M::Elem;
   constexpr int64_t kPanel = kColumnVecs * M::V::kLanes;
   const int64_t ld = round_up(cols, kPanel), tiles = (a.rows + kColumnRows - 1) / kColumnRows;
-  T* sums = static_cast<T*>(scratch);
-  Elem* padded = reinterpret_cast<Elem*>(sums + a.rows * ld);
+  T *sums = static_cast<T*>(scratch), *block = sums + a.rows * ld;
+  Elem* padded = reinterpret_cast<Elem*>(block + (a.rows == 1) * ld);
   const Elem* weight = static_cast<const Elem*>(a.weight) + first;
   for (int64_t i = 0; i < a.rows * ld; ++i) sums[i] = T(0);
   for (int64_t k = 0; k < a.depth; k += kColumnDepth) {
     const int64_t depth = a.depth - k < kColumnDepth ? a.depth - k : kColumnDepth;
     // the next block of rows, each in one run
-    RowWalk<Elem> ahead{weight + (k + kColumnDepth) * a.weight_row, ld / kPanel, ld / kPanel, kPanel,
-                        a.weight_row - ld};
-    for (int64_t c = 0; c < cols; c += kPanel) {
+    const int64_t size = sizeof(Elem), run = ld * size;
+    RunWalk ahead{reinterpret_cast<const char*>(weight + (k + kColumnDepth) * a.weight_row), run, run,
+                  a.weight_row * size};
+    if (k + kColumnDepth >= a.depth && a.next.data) ahead = {a.next.data, a.next.run, a.next.run, a.next.stride};
+    int64_t c = 0;
+    if (a.rows == 1 && depth % 2 == 0 && cols >= kPanel) {
+      const bool more = k + kColumnDepth < a.depth || !a.next.data;
+      const Elem* w = weight + k * a.weight_row;
+      const Ahead next{reinterpret_cast<const char*>(w + depth * a.weight_row), run, a.weight_row * size};
+      c = cols / kPanel * kPanel;
+      column_lines<M>({static_cast<const typename M::X*>(a.packed) + k, w, a.packed_row, a.weight_row, depth, sums, ld},
+                      c, more ? next : a.next, block);
+    }
+    for (; c < cols; c += kPanel) {
       ColumnTile<M> t{static_cast<const typename M::X*>(a.packed) + k,
                       weight + k * a.weight_row + c,
                       a.packed_row,
