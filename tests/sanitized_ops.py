@@ -21,6 +21,7 @@ import torch
 import lmkernels as lmk
 from lmkernels import _library
 from lmkernels.ops import _skinny  # noqa: F401
+from lmkernels.ops import decode_step as step
 from lmkernels.testing import cases
 from lmkernels.testing.numerics import attention_results, results
 
@@ -67,6 +68,16 @@ def attention_decode(dtype: torch.dtype) -> Iterator[str]:
                 arguments[f"{name}_cache"] = torch.zeros_like(cache, dtype=torch.int8)
                 arguments[f"{name}_scale"] = torch.full(cache.shape[:3], 0.01)
             lmk.attention_decode(**arguments, backend="native")
+
+
+def decode_step(dtype: torch.dtype) -> Iterator[str]:
+    if dtype == torch.float64:
+        return
+    for case in cases.DECODE_STEP:
+        for threads in (1, 3):
+            yield f"{case.name}, {threads} threads"
+            torch.set_num_threads(threads)
+            step.decode_step(**case.make(dtype), backend="native")
 
 
 def embed(dtype: torch.dtype) -> Iterator[str]:
@@ -169,6 +180,7 @@ OPS = {
         attention,
         attention_decode,
         attention_varlen,
+        decode_step,
         embed,
         linear,
         linear_cross_entropy,

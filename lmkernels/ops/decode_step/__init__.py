@@ -1,0 +1,3 @@
+from .api import StepLayer, StepModel, decode_step
+
+__all__ = ["StepLayer", "StepModel", "decode_step"]
