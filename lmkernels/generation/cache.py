@@ -21,6 +21,11 @@ class KVCache:
         """Hugging Face's name for `length`."""
         return self.length
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """Keys and values of every layer, (2, b, h, capacity, d), once all have been written; for writing in place."""
+        return self._buffers
+
     def keys(self, layer: int) -> torch.Tensor:
         """The buffer (b, h, capacity, d) of a layer that has been written; the first `length` places are tokens."""
         return self._buffers[layer][0]

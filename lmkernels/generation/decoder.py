@@ -3,6 +3,7 @@
 import torch
 
 from .cache import KVCache
+from .fused import MOST_ROWS, fused_decoder
 
 
 class Decoder:
@@ -18,9 +19,13 @@ class Decoder:
         self.model = model
         self.cache = KVCache(model.config.n_layer, capacity=total - 1) if use_cache else None
         self.mask = self.positions = None
+        self.starts = mask.long().argmax(-1)  # (b,), the padding before each row
         if not bool(mask.all()):
             self.mask = torch.cat([mask, mask.new_ones(mask.shape[0], total - mask.shape[1])], 1)  # (b, total)
             self.positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)  # (b, total)
+        # a step knows of no holes in a prompt
+        whole = torch.equal(mask.sum(-1), mask.shape[1] - self.starts)
+        self.fused = fused_decoder(model) if use_cache and whole else None
 
     def logits(self, ids: torch.Tensor, count: int = 1) -> torch.Tensor:
         """The float32 logits (b, count, vocab) after each of the last `count` tokens of ids (b, s).
@@ -28,6 +33,10 @@ class Decoder:
         Only what the cache lacks is computed.
         """
         past, end = self.cache.length if self.cache is not None else 0, ids.shape[1]
+        if self.fused is not None and past == end - 1 > 0 and ids.shape[0] <= MOST_ROWS:
+            if self.fused.unsupported(self.cache) is None:
+                return self.fused.step(ids[:, past], self.cache, self.starts)[:, None]
+            self.fused = None
         return self.model(
             ids[:, past:],
             past_key_values=self.cache,
@@ -39,6 +48,7 @@ class Decoder:
 
     def repeat(self, n: int) -> None:
         """Every row n times, side by side."""
+        self.starts = self.starts.repeat_interleave(n, 0)
         if self.mask is not None:
             self.mask, self.positions = self.mask.repeat_interleave(n, 0), self.positions.repeat_interleave(n, 0)
         if self.cache is not None:
@@ -46,6 +56,7 @@ class Decoder:
 
     def reorder(self, rows: torch.Tensor, start: int = 0) -> None:
         """Row i becomes what row rows[i] was, see `KVCache.reorder`."""
+        self.starts = self.starts[rows]
         if self.mask is not None:
             self.mask, self.positions = self.mask[rows], self.positions[rows]
         if self.cache is not None:

@@ -21,6 +21,7 @@ from ..ops.positions import add_positions
 from ..ops.qkv_projection import qkv_projection
 from .outputs import CausalLMOutput
 from .pretrained import PretrainedConfig, PretrainedModel
+from .steps import step_model
 
 # Hugging Face's names, and those of `mlp`
 ACTIVATIONS = {
@@ -335,6 +336,7 @@ class GPT2LMHeadModel(PretrainedModel):
     # tells Hugging Face's Trainer that forward shifts the labels
     loss_type = "ForCausalLM"
     generate = generate
+    step_model = step_model
     _input_embeddings = "wte"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_load_unexpected = (r"\.attn\.(masked_)?bias$",)
