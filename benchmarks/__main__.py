@@ -58,7 +58,11 @@ def main(arguments: list[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     chosen = harness.Options(
-        cases=options.cases, dtypes=tuple(options.dtype or ("float32", "bfloat16")), seconds=options.seconds
+        cases=options.cases,
+        dtypes=tuple(options.dtype or ("float32", "bfloat16")),
+        seconds=options.seconds,
+        peers=options.peers,
+        plot=options.plot,
     )
     module = load(options.name)
     rows = module.run(chosen) if hasattr(module, "run") else harness.measure(module.lines(), chosen)

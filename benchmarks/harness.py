@@ -32,6 +32,8 @@ class Options:
     cases: str = ""  # only the cases whose group and name contain this
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     seconds: float = 1.0  # for each line of the table, warm-up not counted
+    peers: bool = False  # all that are installed, where a benchmark has some that take long to set up
+    plot: Path | None = None  # a file for a picture of the table, where a benchmark draws one
 
 
 @dataclass(frozen=True)
@@ -259,4 +261,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", action="append", choices=DTYPES, help="may be given again (default: float32, bfloat16)"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="budget of each line of the table (default: 1)")
+    parser.add_argument("--peers", action="store_true", help="generate: also those that take long to set up")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="generate: draw the table into FILE, a .png")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
