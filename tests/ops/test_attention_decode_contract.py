@@ -347,7 +347,7 @@ BAD = {
     ),
     "gradient of q": ({"q": torch.zeros(B, 1, H, D, requires_grad=True)}, ValueError, "gives no gradient"),
     "gradient of the sink": ({"sink": torch.zeros(H, requires_grad=True)}, ValueError, "gives no gradient"),
-    "unknown backend": ({"backend": "cuda"}, ValueError, "backend must be one of native, reference or None"),
+    "unknown backend": ({"backend": "cuda"}, ValueError, "backend must be one of native, triton, reference or None"),
 }
 
 

@@ -167,7 +167,7 @@ def axes(x: Tensor | None) -> tuple[int, ...] | None:
 
 
 def score_axes(x: Tensor | None) -> int:
-    return 0 if x is None else (x.shape[2] > 1) + 2 * (x.shape[3] > 1)
+    return 0 if x is None else (x.shape[2] != 1) + 2 * (x.shape[3] != 1)
 
 
 def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -250,7 +250,7 @@ def score_gradient(p: Problem, given: tuple, strides: tuple) -> Tensor:
     from . import triton_kernels as kernels
 
     dbias = torch.empty(p.bias.shape, dtype=p.bias.dtype, device=p.bias.device)
-    sum_b, sum_h = (n == 1 and size > 1 for n, size in zip(p.bias.shape[:2], (p.b, p.h)))
+    sum_b, sum_h = (n == 1 and size != 1 for n, size in zip(p.bias.shape[:2], (p.b, p.h)))
     options = p.tile("bwd_bias", p.s_q)
     tiles = _triton.ceil_div(p.s_q, options["BLOCK_M"]) * _triton.ceil_div(p.s_k, options["BLOCK_N"])
     p.launch(

@@ -297,8 +297,8 @@ def fwd(
                 D, D_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASK_AXES, BIAS_AXES, SOFTCAP, LEFT, RIGHT, PRECISION,
             )  # fmt: skip
 
-    seen = m > float("-inf")
-    m = tl.where(seen, m, 0.0)
+    seen = (m > float("-inf")) | (l != l)  # a sum that is NaN has seen something
+    m = tl.where(m > float("-inf"), m, 0.0)
     if sink is not None:
         sink_logit = tl.load(sink + head) * LOG2E
         m_sink = tl.maximum(m, sink_logit)

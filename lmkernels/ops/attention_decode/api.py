@@ -8,10 +8,10 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient
 from ..attention.checks import check_features, check_scale, check_softcap, check_window
-from . import native, reference
+from . import native, reference, triton
 from .checks import check_cache, check_new, check_tables, check_values, in_cache_dtype
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def attention_decode(
@@ -58,7 +58,7 @@ def attention_decode(
     scale, softcap, window, alibi_slopes, sink: as in `attention`; distances count from the query's own position, and as
         no query sees a later key, the right side of the window has no effect.
     return_lse: also return the natural logarithm of the softmax's denominator, the sink included.
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
     k_scale, v_scale: (b, max_len, h_kv) float32, paged (num_blocks, block_size, h_kv), any strides: with caches of
         int8, each row is its scale times integers from -127 to 127. Written on append: scale = max|x| / 127, integers
         rounded to nearest even. The error of a result against a float32 cache is about 0.4 % of the values' size for
@@ -114,4 +114,13 @@ def attention_decode(
         k_scale,
         v_scale,
     )
+    if k_new is not None and module is not reference and not torch.compiler.is_compiling():
+        _count_writes(k_cache, v_cache, k_scale, v_scale)
     return (out, lse) if return_lse else out
+
+
+def _count_writes(*written: Tensor | None) -> None:
+    """For whoever saved a cache for a backward: the dispatcher does not count what an op of a library writes."""
+    tensors = [x for x in written if x is not None]
+    if not any(x.is_inference() for x in tensors):
+        torch.autograd.graph.increment_version(tensors)

@@ -40,10 +40,4 @@ def unsupported(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
 
 def forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """out (b, s_q, h, d_v) and lse (b, h, s_q); `arguments` in the order of the schema."""
-    results = _decode(q, k_cache, v_cache, *arguments)
-    if arguments[1] is not None and not torch.compiler.is_compiling():
-        # for whoever saved a cache for a backward: the dispatcher does not count what an op of a library writes
-        written = (k_cache, v_cache, *(scale for scale in arguments[-2:] if scale is not None))
-        if not any(x.is_inference() for x in written):
-            torch.autograd.graph.increment_version(written)
-    return results
+    return _decode(q, k_cache, v_cache, *arguments)
