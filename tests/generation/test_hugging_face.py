@@ -83,7 +83,9 @@ def both(model, theirs, ids):
 
 
 def name(options: dict) -> str:
-    return "-".join(key if callable(value) else f"{key}={value}" for key, value in options.items()).replace(" ", "")
+    plain = (bool, int, float, str, list, type(None))
+    parts = (f"{key}={value}" if isinstance(value, plain) else key for key, value in options.items())
+    return "-".join(parts).replace(" ", "")
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -26,7 +26,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny():
     """tiny("gpt2"): a model with random weights that all tests share, in eval mode."""
-    from tiny_models import build
+    from .tiny_models import build
 
     built = {}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny_models import DECODERS, ENCODERS, MODELS, SEQ2SEQ, VOCAB, build
+from .tiny_models import DECODERS, ENCODERS, MODELS, SEQ2SEQ, VOCAB, build
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import lmkernels

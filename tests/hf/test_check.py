@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import MODELS, build
+from .tiny_models import MODELS, build
 
 import lmkernels.hf
 from lmkernels.hf import attention

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from tiny_models import MODELS, build
+from .tiny_models import MODELS, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
