@@ -149,7 +149,10 @@ def rows_of(monkeypatch) -> list[int]:
 )
 @pytest.mark.parametrize("rest", [{}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}], ids=["", "penalties"])
 def test_finished_rows_are_computed_no_more_and_the_others_do_not_notice(model, ids, ragged, monkeypatch, mode, rest):
-    options = {"eos_token_id": [1, 5, 7, 9, 12], "pad_token_id": 3, "max_new_tokens": 40 - 8, **mode, **rest}
+    options = {"pad_token_id": 3, "max_new_tokens": 40 - 8, **mode, **rest}
+    # an end that the first row alone is sure to meet early
+    early = model.generate(ids, attention_mask=ragged, **options, eos_token_id=[])[0, 12].item()
+    options["eos_token_id"] = [1, 5, 7, 9, 12, early]
     rows = rows_of(monkeypatch)
     together = model.generate(ids, attention_mask=ragged, **options)
     beams = mode.get("num_beams", 1)
@@ -203,16 +206,13 @@ def test_settings_come_from_a_dict_and_arguments_win(model, ids):
     assert model.generate(ids, given, max_new_tokens=2).shape[1] == 10
 
 
-def test_no_prompt_begins_with_the_bos_token(model):
-    before = model.config.bos_token_id
-    try:
-        model.config.bos_token_id = 4
-        assert torch.equal(model.generate(max_new_tokens=6), model.generate([[4]], max_new_tokens=6))
-        model.config.bos_token_id = None
-        with pytest.raises(ValueError, match="`bos_token_id` has to be defined when no `input_ids` are provided"):
-            model.generate()
-    finally:
-        model.config.bos_token_id = before
+def test_no_prompt_begins_with_the_bos_token(model, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "bos_token_id", 4)
+    assert torch.equal(model.generate(max_new_tokens=6), model.generate([[4]], max_new_tokens=6))
+    monkeypatch.setattr(model.generation_config, "bos_token_id", None)
+    monkeypatch.setattr(model.config, "bos_token_id", None)
+    with pytest.raises(ValueError, match="`bos_token_id` has to be defined when no `input_ids` are provided"):
+        model.generate()
 
 
 def test_max_time_ends_before_max_length(model, ids):

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from .tiny_models import DECODERS, ENCODERS, MODELS, SEQ2SEQ, VOCAB, build
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import lmkernels
+
+from .tiny_models import DECODERS, ENCODERS, MODELS, SEQ2SEQ, VOCAB, build
 
 S = 9
 IDS = torch.randint(4, VOCAB, (3, S), generator=torch.Generator().manual_seed(3))

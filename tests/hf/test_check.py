@@ -1,10 +1,11 @@
 import pytest
 import torch
 import transformers
-from .tiny_models import MODELS, build
 
 import lmkernels.hf
 from lmkernels.hf import attention
+
+from .tiny_models import MODELS, build
 
 
 def lines(report):

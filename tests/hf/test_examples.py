@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from .tiny_models import MODELS, build
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from .tiny_models import MODELS, build
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WORDS = [f"word{i}" for i in range(60)]
