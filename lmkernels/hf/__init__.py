@@ -22,6 +22,8 @@ def register() -> None:
     ..., as DataCollatorWithFlattening gives them, or `position_ids` alone) run in the kernel, on the CPU and in float32
     too. With output_attentions=True the maps are returned, computed beside the kernel only for those who ask.
 
+    In transformers 5.15 set_attn_implementation does not reach the parts of T5: name it when the model is loaded.
+
     A query that sees no key, as in rows that are all padding, gets zeros. Raises ImportError without transformers.
     """
     require_transformers()
