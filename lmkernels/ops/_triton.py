@@ -50,11 +50,20 @@ def op(name: str) -> Callable[[Callable], Callable]:
     """
 
     def register(function: Callable) -> Callable:
-        _library.LIBRARY.impl(name, function, "CUDA")
+        @functools.wraps(function)
+        def implementation(*arguments):
+            # autocast has had its say in the api; within an op, a product must not be cast again
+            device = "cpu" if direct else "cuda"
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return function(*arguments)
+            return function(*arguments)
+
+        _library.LIBRARY.impl(name, implementation, "CUDA")
         registered = getattr(torch.ops.lmkernels, name).default
 
         def call(*arguments):
-            return function(*arguments) if direct else registered(*arguments)
+            return implementation(*arguments) if direct else registered(*arguments)
 
         return call
 
@@ -105,6 +114,25 @@ def next_power_of_2(n: int) -> int:
 
 def ceil_div(n: int, m: int) -> int:
     return -(-n // m)
+
+
+def row_tile(d: int) -> dict[str, int]:
+    """For rows that stay in registers: about 4096 elements, 16 per thread, so that each has some loads in flight."""
+    cols = next_power_of_2(d)
+    rows = min(64, max(1, 4096 // cols))
+    return {"ROWS": rows, "COLS": cols, "num_warps": min(32, max(4, rows * cols // 512))}
+
+
+def broadcast_strides(index: Tensor) -> tuple[int, int]:
+    """The strides of (s,), (1, s) or (b, s) indices as (b, s)."""
+    return (index.stride(0) if index.dim() == 2 and index.shape[0] > 1 else 0, index.stride(-1))
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, which is a's or, beside 16 bits, float32; by cuBLAS, with sums in float32."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a.to(dtype), b.to(dtype))
 
 
 def rows_of(x: Tensor) -> Tensor:

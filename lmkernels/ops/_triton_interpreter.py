@@ -21,7 +21,9 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def convert_float(x, source, target, rounding_mode):
-        """To bfloat16: it cuts off what a GPU rounds to the nearest, and to even."""
+        """bfloat16: it cuts off what a GPU rounds to the nearest, and to even, and makes zeros of subnormals."""
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.astype(np.uint32) << 16
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(x, source, target, rounding_mode)
         bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)

@@ -80,8 +80,14 @@ def test_a_gpu_that_is_too_old_is_told(monkeypatch):
     assert _library.gpu_absence(torch.device("cuda", 0)) is None
 
 
+OPS = """
+    norm_fwd norm_bwd softmax_fwd softmax_bwd rotary embed_fwd embed_bwd linear_fwd linear_bwd activation_bwd
+    qkv_projection_fwd qkv_projection_bwd linear_cross_entropy_fwd linear_cross_entropy_bwd
+"""
+
+
 def test_every_op_of_a_triton_backend_is_registered_for_cuda():
-    for name in ("norm_fwd", "norm_bwd"):
+    for name in OPS.split():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lmkernels::{name}", "CUDA")
 
 

@@ -11,7 +11,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from lmkernels import _library, layer_norm, rms_norm
+from lmkernels import (
+    _library,
+    add_positions,
+    embed,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    qkv_projection,
+    rms_norm,
+    rotary,
+    softmax,
+    swiglu_mlp,
+)
 from lmkernels.testing import compiled
 
 pytestmark = pytest.mark.skipif(
@@ -59,12 +71,128 @@ def norm(d: int, residual: bool, center: bool = True, **options) -> Call:
     return Call(f"{'layer' if center else 'rms'}_norm {d}{' residual' * residual}", run, **options)
 
 
+def softmax_of(d: int, **options) -> Call:
+    return Call(
+        f"softmax {d}",
+        lambda dtype: with_gradients(lambda x: softmax(x, backend="triton"), leaf(1000, d, dtype=dtype)),
+        **options,
+    )
+
+
+def rotated(d: int, d_rot: int, interleaved: bool, positions: bool, **options) -> Call:
+    def run(dtype):
+        cos, sin = torch.empty(2, 1000, d_rot // 2)
+        of_tokens = torch.empty(4, 512, dtype=torch.int64) if positions else None
+        with_gradients(
+            lambda x: rotary(x, cos, sin, interleaved=interleaved, positions=of_tokens, backend="triton"),
+            leaf(4, 512, 12, d, dtype=dtype),
+        )
+
+    return Call(f"rotary {d} {d_rot}{' interleaved' * interleaved}{' positions' * positions}", run, **options)
+
+
+def embedded(d: int, bert: bool, **options) -> Call:
+    def run(dtype):
+        ids = torch.empty(8, 512, dtype=torch.int64)
+        tables = [leaf(n, d, dtype=dtype) for n in ((30522, 512, 2) if bert else (50257, 1024))]
+        with_gradients(
+            lambda tokens, places, types=None: embed(
+                ids, tokens, position_table=places, type_ids=ids if bert else None, type_table=types, backend="triton"
+            ),
+            *tables,
+        )
+
+    return Call(f"embed {d}{' BERT' * bert}", run, **options)
+
+
+def added(d: int, **options) -> Call:
+    return Call(
+        f"add_positions {d}",
+        lambda dtype: with_gradients(
+            lambda x, table: add_positions(x, table, backend="triton"),
+            leaf(8, 512, d, dtype=dtype),
+            leaf(512, d, dtype=dtype),
+        ),
+        **options,
+    )
+
+
+def linear_of(activation: str | None, residual: bool, **options) -> Call:
+    def run(dtype):
+        added = leaf(1000, 3072, dtype=dtype).detach() if residual else None
+        with_gradients(
+            lambda x, weight, bias: linear(x, weight, bias, activation=activation, residual=added, backend="triton"),
+            leaf(1000, 768, dtype=dtype),
+            leaf(3072, 768, dtype=dtype),
+            leaf(3072, dtype=dtype),
+        )
+
+    return Call(f"linear {activation}{' residual' * residual}", run, **options)
+
+
+def swiglu(**options) -> Call:
+    def run(dtype):
+        weights = (leaf(3072, 768, dtype=dtype), leaf(3072, 768, dtype=dtype), leaf(768, 3072, dtype=dtype))
+        with_gradients(
+            lambda x, *weights: swiglu_mlp(x, *weights, backend="triton"), leaf(1000, 768, dtype=dtype), *weights
+        )
+
+    return Call("swiglu", run, **options)
+
+
+def projected(rotated: int, **options) -> Call:
+    def run(dtype):
+        cos, sin = torch.empty(2, 1000, rotated // 2)
+        with_gradients(
+            lambda x, weight, bias: qkv_projection(
+                x, weight, bias, num_heads=12, num_kv_heads=4, cos=cos, sin=sin, backend="triton"
+            ),
+            leaf(2, 512, 768, dtype=dtype),
+            leaf(20 * 64, 768, dtype=dtype),
+            leaf(20 * 64, dtype=dtype),
+        )
+
+    return Call(f"qkv_projection {rotated}", run, **options)
+
+
+def loss_of(vocab: int, bias: bool, softcap: float = 0.0, **options) -> Call:
+    def run(dtype):
+        labels = torch.empty(4000, dtype=torch.int64)
+        leaves = [leaf(4000, 768, dtype=dtype), leaf(vocab, 768, dtype=dtype), leaf(vocab, dtype=dtype)]
+        with_gradients(
+            lambda hidden, weight, bias=None: linear_cross_entropy(
+                hidden, weight, labels, bias=bias, softcap=softcap, backend="triton"
+            ),
+            *leaves[: 3 if bias else 2],
+        )
+
+    return Call(f"linear_cross_entropy {vocab}{' bias' * bias}{' softcap' * (softcap > 0)}", run, **options)
+
+
 CALLS = [
     norm(768, True, hot=True),
     norm(4096, False, center=False, hot=True),
     *(norm(d, residual, center) for d in (64, 768, 1024, 4096, 8192, 16384, 32768) for residual in (False, True)
       for center in (False, True)),
     norm(50257, True, wide=False),
+    softmax_of(512, hot=True),
+    *(softmax_of(d) for d in (64, 4096, 16384, 32768)),
+    softmax_of(50257, wide=False),
+    rotated(64, 64, False, False, hot=True),
+    rotated(128, 128, True, True),
+    *(rotated(d, d_rot, interleaved, True) for d, d_rot in ((80, 32), (256, 64)) for interleaved in (False, True)),
+    embedded(768, False, hot=True),
+    *(embedded(d, bert) for d in (64, 768, 4096) for bert in (False, True)),
+    added(768),
+    linear_of("gelu_tanh", False, hot=True),
+    *(linear_of(activation, True) for activation in (None, "gelu", "silu", "relu", "tanh")),
+    swiglu(),
+    projected(64),
+    projected(32),
+    loss_of(50304, False, hot=True),
+    loss_of(50257, False, wide=False),
+    loss_of(30522, True, wide=False),
+    loss_of(32000, True, 30.0),
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from lmkernels import embed
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compiled|GPT-2-float32|places-float32|-float16|-float64)).*triton"
 CASE = {case.name: case for case in cases.EMBED}
 NAMES = ("token_ids", "token_table", "positions", "position_table", "type_ids", "type_table")
 
@@ -221,7 +222,12 @@ BAD = {
         ValueError,
         "type_ids must lie between 0 and 1, got values from 0 to 4",
     ),
-    "an unknown backend": ((IDS, TABLE), {"backend": "cuda"}, ValueError, "backend must be one of native, reference"),
+    "an unknown backend": (
+        (IDS, TABLE),
+        {"backend": "cuda"},
+        ValueError,
+        "must be one of native, triton, reference",
+    ),
 }
 
 

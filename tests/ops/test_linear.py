@@ -13,6 +13,7 @@ from lmkernels import linear
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compile|random.*16|batch|-float16|-float64)).*triton"
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu", "tanh"]
 
 
@@ -221,7 +222,7 @@ BAD = {
     "bias of another size": ((x, w, w[0]), {}, ValueError, "bias must be (out,) = (5,), got (6,)"),
     "an unknown activation": ((x, w), {"activation": "swish"}, ValueError, "activation must be one of 'gelu'"),
     "a residual of another shape": ((x, w), {"residual": x}, ValueError, "residual must be (4, 5)"),
-    "an unknown backend": ((x, w), {"backend": "cuda"}, ValueError, "backend must be one of native, reference"),
+    "an unknown backend": ((x, w), {"backend": "cuda"}, ValueError, "must be one of native, triton, reference"),
 }
 
 

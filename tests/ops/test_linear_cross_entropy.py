@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from lmkernels import linear_cross_entropy
+from lmkernels.ops.linear_cross_entropy import api
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compile|several chunks|once-float32|-float16|-float64)).*triton"
 CASE = {case.name: case for case in cases.LINEAR_CROSS_ENTROPY}
 
 
@@ -70,6 +72,13 @@ def test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend,
         samples=case.t,
         **case.options,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_triton_adds_up_chunks_of_tokens(dtype, triton, device, monkeypatch):
+    monkeypatch.setattr(api.BACKENDS[triton], "CHUNK", 1)
+    case = cases.LossCase("", 300, 70, 20, bias=True, reduction="sum")
+    test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, triton, device)
 
 
 @pytest.mark.parametrize("case", cases.LINEAR_CROSS_ENTROPY, ids=str)
@@ -367,7 +376,7 @@ def test_a_scaled_float16_loss_keeps_small_gradients(native):
         ({"softcap": -1.0}, ValueError, "softcap must be a finite number >= 0"),
         ({"z_loss": float("nan")}, ValueError, "z_loss must be a finite number, got nan"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of native, reference or None, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of native, triton, reference or None, got 'cuda'"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

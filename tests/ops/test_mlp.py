@@ -12,6 +12,7 @@ from lmkernels import mlp, swiglu_mlp
 from lmkernels.testing import numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compile|-float16|-float64)).*triton"
 
 
 def short(dtype) -> str:

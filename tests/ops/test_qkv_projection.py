@@ -9,6 +9,7 @@ from lmkernels import attention, linear, output_projection, qkv_projection
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compile|-float16|-float64)).*triton"
 
 
 def short(dtype) -> str:

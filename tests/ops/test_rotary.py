@@ -12,6 +12,7 @@ from lmkernels.ops.rotary import reference
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compiled|tasks|-float16|-float64)).*triton"
 CASE = {case.name: case for case in cases.ROTARY}
 
 
@@ -184,7 +185,12 @@ BAD = {
         ValueError,
         "positions must lie between 0 and 4, got values from -1 to 3",
     ),
-    "an unknown backend": ((X, T, T), {"backend": "cuda"}, ValueError, "backend must be one of native, reference"),
+    "an unknown backend": (
+        (X, T, T),
+        {"backend": "cuda"},
+        ValueError,
+        "must be one of native, triton, reference",
+    ),
 }
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lmkernels import softmax
+from lmkernels.ops.softmax import api
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = r"^(?!.*(compiled|50257|-float16|-float64)).*triton"
 
 
 def short(dtype) -> str:
@@ -36,6 +38,22 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
         dtype=dtype,
         samples=inputs["x"].numel() // case.shape[case.dim],
         dim=case.dim,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+@pytest.mark.parametrize("hidden", [0.0, 0.9])
+def test_triton_takes_long_rows_in_blocks(hidden, dtype, triton, device, monkeypatch):
+    """As those that do not fit in registers; of some columns of the blocks, all is -inf."""
+    monkeypatch.setattr(api.BACKENDS[triton], "LONGEST", 64)
+    monkeypatch.setattr(api.BACKENDS[triton], "LONG", {"COLS": 64, "num_warps": 1})
+    numerics.assert_op_as_accurate(
+        partial(softmax, backend=triton),
+        partial(softmax, backend="reference"),
+        lambda x: torch.softmax(x, -1).nan_to_num(),
+        cases.SoftmaxCase("", (7, 300), hidden=hidden).make(dtype, device=device),
+        ["x"] if hidden == 0 else [],
+        dtype=dtype,
     )
 
 
@@ -160,7 +178,7 @@ def test_autocast_changes_nothing(backend):
         ({"dim": 2}, ValueError, r"dim must be between -2 and 1 for x of shape \(3, 8\), got 2"),
         ({"dim": 0.5}, TypeError, "dim must be an int, got float"),
         ({"dtype": torch.int32}, TypeError, "dtype must be float32.* got torch.int32"),
-        ({"backend": "x"}, ValueError, "backend must be one of native, reference or None, got 'x'"),
+        ({"backend": "x"}, ValueError, "backend must be one of native, triton, reference or None, got 'x'"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -29,7 +29,7 @@ def embed(
     position_table: (n, d), type_table: (n_types, d), in token_table's dtype or, where that has 16 bits, in float32
     positions: (s,), (1, s) or (b, s), packed (t,); None is 0, 1, 2, ...
     type_ids: the same shapes; None is type 0
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns (b, s, d) or (t, d) in token_table's dtype, summed in float32 (float64 for float64) and rounded once.
     Differentiable any number of times in the tables. Their gradients are dense; tokens with one row are added up in

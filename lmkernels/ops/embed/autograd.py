@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .._autograd import needs_gradient
 from .._checks import check_range
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 _NAMES = ("token_ids", "positions", "type_ids")
 
@@ -20,10 +20,11 @@ def run(module, x: Tensor | None, scale: float, *ids_and_tables: Tensor | None) 
     ids_and_tables: token_ids, token_table, positions, position_table, type_ids, type_table
     """
     ids, tables = ids_and_tables[::2], ids_and_tables[1::2]
-    if module is reference:
+    if module is not native:  # which looks itself
         for name, index, table in zip(_NAMES, ids, tables, strict=True):
             if table is not None:
                 check_range(name, index, table.shape[0])
+    if module is reference:
         return module.forward(x, scale, *ids_and_tables)
     if not needs_gradient(x, *tables):
         return module.forward(x, scale, *ids_and_tables)

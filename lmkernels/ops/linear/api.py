@@ -9,10 +9,10 @@ from .. import _dispatch
 from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast
 from ..quantize_weight.api import QuantizedWeight, quantized_linear
-from . import native, reference
+from . import native, reference, triton
 from .checks import check_activation, check_bias, check_residual, check_weight, check_x
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def linear(
@@ -32,7 +32,7 @@ def linear(
     bias: (d_out,)
     activation: "gelu", "gelu_tanh", "silu", "relu", "tanh" or None
     residual: (..., d_out)
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     weight, bias and residual have x's dtype; where that has 16 bits they may be float32. The product then rounds the
     weight to 16 bits, as autocast does but without a copy of it (float16: it need not), and its gradient is float32.
@@ -57,33 +57,40 @@ def linear(
     if residual is not None and x.dim() != 2:
         residual = residual.reshape(-1, d_out)
     if needs_gradient(x, weight, bias, residual):
-        out = _Linear.apply(activation, rows, weight, bias, residual)
+        out = _Linear.apply(module.__name__.rpartition(".")[2], activation, rows, weight, bias, residual)
     else:
-        out, _ = native.forward(rows, weight, bias, residual, activation)
+        out, _ = module.forward(rows, weight, bias, residual, activation)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], d_out)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation, x, weight, bias, residual):
-        out, pre = native.forward(x, weight, bias, residual, activation, need_pre=activation is not None)
+    def forward(ctx, name, activation, x, weight, bias, residual):
+        out, pre = BACKENDS[name].forward(x, weight, bias, residual, activation, need_pre=activation is not None)
         ctx.save_for_backward(x, weight, bias, residual, pre if activation is not None else None)
-        ctx.activation = activation
+        ctx.name, ctx.activation = name, activation
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, weight, bias, residual, pre = ctx.saved_tensors
-        _, need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad
+        *_, need_dx, need_dweight, need_dbias, need_dresidual = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return None, *reference_gradients(
-                lambda *tensors: reference.forward(*tensors, ctx.activation),
-                (x, weight, bias, residual),
-                ctx.needs_input_grad[1:],
-                (dout,),
+            return (
+                None,
+                None,
+                *reference_gradients(
+                    lambda *tensors: reference.forward(*tensors, ctx.activation),
+                    (x, weight, bias, residual),
+                    ctx.needs_input_grad[2:],
+                    (dout,),
+                ),
             )
-        dx, dweight, dbias = native.backward(dout, x, weight, pre, ctx.activation, need_dx, need_dweight, need_dbias)
+        dx, dweight, dbias = BACKENDS[ctx.name].backward(
+            dout, x, weight, pre, ctx.activation, need_dx, need_dweight, need_dbias
+        )
         return (
+            None,
             None,
             dx if need_dx else None,
             dweight if need_dweight else None,

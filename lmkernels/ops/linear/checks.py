@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._checks import check_device, check_floating, check_same_or_wider
-from .native import CODES
+from .activations import CODES
 
 
 def check_activation(activation: str | None) -> None:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from ... import _library
 from .. import _skinny  # noqa: F401
-
-# As enum class Activation numbers them.
-CODES = {name: code for code, name in enumerate((None, "gelu", "gelu_tanh", "silu", "relu", "tanh"))}
+from .activations import CODES
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

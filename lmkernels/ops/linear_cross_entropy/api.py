@@ -10,9 +10,9 @@ from .._autograd import needs_gradient, reference_gradients
 from .._checks import autocast, check_device, check_finite, check_floating, check_tensor
 from ..linear.checks import check_bias, check_weight
 from ..quantize_weight.api import QuantizedWeight
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def linear_cross_entropy(
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     softcap: c > 0 replaces a logit x by c * tanh(x / c)
     z_loss: adds z_loss * logsumexp(logits)^2 to the loss of each token that counts
     label_smoothing: as in torch.nn.functional.cross_entropy
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     weight and bias have hidden's dtype; where that has 16 bits they may be float32: then the products are still of 16
     bits, without a copy of the weight in 16 bits, and its gradient is float32.
@@ -74,11 +74,11 @@ def linear_cross_entropy(
     if module is reference:
         loss = reference.forward(rows, weight, bias, flat, *options)
     elif not needs_gradient(rows, weight, bias):
-        loss = native.forward(rows, weight, bias, flat, *options)
+        loss = module.forward(rows, weight, bias, flat, *options)
     elif reduction == "none":
-        loss = _TokenLosses.apply(options, flat, rows, weight, bias)
+        loss = _TokenLosses.apply(module.__name__.rpartition(".")[2], options, flat, rows, weight, bias)
     else:
-        return _Loss.apply(options, reduction, flat, rows, weight, bias)
+        return _Loss.apply(module.__name__.rpartition(".")[2], options, reduction, flat, rows, weight, bias)
     return reduce(loss, flat, ignore_index, reduction) if reduction != "none" else loss.view(labels.shape)
 
 
@@ -91,17 +91,18 @@ class _TokenLosses(torch.autograd.Function):
     """The loss of each token. What it counts for is known in the backward only, which starts again from hidden."""
 
     @staticmethod
-    def forward(ctx, options, labels, hidden, weight, bias):
+    def forward(ctx, name, options, labels, hidden, weight, bias):
         ctx.save_for_backward(labels, hidden, weight, bias)
-        ctx.options = options
-        return native.forward(hidden, weight, bias, labels, *options)
+        ctx.name, ctx.options = name, options
+        return BACKENDS[name].forward(hidden, weight, bias, labels, *options)
 
     @staticmethod
     def backward(ctx, dloss):
         labels, hidden, weight, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
             return (
+                None,
                 None,
                 None,
                 *reference_gradients(
@@ -111,20 +112,20 @@ class _TokenLosses(torch.autograd.Function):
                     (dloss,),
                 ),
             )
-        _, *gradients = native.backward(dloss, hidden, weight, bias, labels, *ctx.options, *needs)
-        return None, None, *in_dtypes(gradients, (hidden, weight, bias), needs)
+        _, *gradients = BACKENDS[ctx.name].backward(dloss, hidden, weight, bias, labels, *ctx.options, *needs)
+        return None, None, None, *in_dtypes(gradients, (hidden, weight, bias), needs)
 
 
 class _Loss(torch.autograd.Function):
     """The sum or mean of the losses, and their gradients at once: what each token counts for is known."""
 
     @staticmethod
-    def forward(ctx, options, reduction, labels, hidden, weight, bias):
-        needs = ctx.needs_input_grad[3:]
+    def forward(ctx, name, options, reduction, labels, hidden, weight, bias):
+        needs = ctx.needs_input_grad[4:]
         count = (labels != options[0]).sum() if reduction == "mean" else 1
         acc = torch.promote_types(hidden.dtype, torch.float32)
         scale = (torch.ones((), dtype=acc, device=hidden.device) / count).expand(labels.shape)
-        losses, *gradients = native.backward(scale, hidden, weight, bias, labels, *options, *needs)
+        losses, *gradients = BACKENDS[name].backward(scale, hidden, weight, bias, labels, *options, *needs)
         ctx.save_for_backward(labels, hidden, weight, bias, *gradients)
         ctx.options = options, reduction
         return losses.sum() / count
@@ -133,9 +134,10 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, dloss):
         labels, hidden, weight, bias, *gradients = ctx.saved_tensors
         options, reduction = ctx.options
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
             return (
+                None,
                 None,
                 None,
                 None,
@@ -148,9 +150,10 @@ class _Loss(torch.autograd.Function):
                     (dloss,),
                 ),
             )
-        if torch.compiler.is_compiling() or dloss.item() != 1:
+        # a GPU is not waited for
+        if torch.compiler.is_compiling() or not dloss.is_cpu or dloss.item() != 1:
             gradients = [gradient * dloss for gradient in gradients]
-        return None, None, None, *in_dtypes(gradients, (hidden, weight, bias), needs)
+        return None, None, None, None, *in_dtypes(gradients, (hidden, weight, bias), needs)
 
 
 def in_dtypes(gradients, inputs, needs) -> list[Tensor | None]:

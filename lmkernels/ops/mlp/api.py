@@ -11,9 +11,9 @@ from .._checks import autocast
 from ..linear.api import linear
 from ..linear.checks import check_activation, check_bias, check_residual, check_weight, check_x
 from ..quantize_weight.api import QuantizedWeight
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def mlp(
@@ -53,9 +53,9 @@ def mlp(
         return reference.mlp(x, w_in, b_in, w_out, b_out, residual, activation)
     rows, residual = _rows(x), None if residual is None else _rows(residual)
     if needs_gradient(x, w_in, b_in, w_out, b_out, residual):
-        out = _MLP.apply(activation, rows, w_in, b_in, w_out, b_out, residual)
+        out = _MLP.apply(module.__name__.rpartition(".")[2], activation, rows, w_in, b_in, w_out, b_out, residual)
     else:
-        out, _ = native.mlp_forward(rows, w_in, b_in, w_out, b_out, residual, activation, False)
+        out, _ = module.mlp_forward(rows, w_in, b_in, w_out, b_out, residual, activation, False)
     return out.view(*x.shape[:-1], w_out.shape[0])
 
 
@@ -90,9 +90,9 @@ def swiglu_mlp(
         return reference.swiglu_mlp(x, w_gate, w_up, w_down, residual)
     rows, residual = _rows(x), None if residual is None else _rows(residual)
     if needs_gradient(x, w_gate, w_up, w_down, residual):
-        out = _SwiGLU.apply(rows, w_gate, w_up, w_down, residual)
+        out = _SwiGLU.apply(module.__name__.rpartition(".")[2], rows, w_gate, w_up, w_down, residual)
     else:
-        out, _, _ = native.swiglu_forward(rows, w_gate, w_up, w_down, residual, False)
+        out, _, _ = module.swiglu_forward(rows, w_gate, w_up, w_down, residual, False)
     return out.view(*x.shape[:-1], w_down.shape[0])
 
 
@@ -102,24 +102,30 @@ def _rows(x: Tensor) -> Tensor:
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation, x, w_in, b_in, w_out, b_out, residual):
-        out, pre = native.mlp_forward(x, w_in, b_in, w_out, b_out, residual, activation, True)
+    def forward(ctx, name, activation, x, w_in, b_in, w_out, b_out, residual):
+        out, pre = BACKENDS[name].mlp_forward(x, w_in, b_in, w_out, b_out, residual, activation, True)
         ctx.save_for_backward(x, w_in, b_in, w_out, b_out, residual, pre)
-        ctx.activation = activation
+        ctx.name, ctx.activation = name, activation
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, w_in, b_in, w_out, b_out, residual, pre = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            return None, *reference_gradients(
-                lambda *tensors: reference.mlp(*tensors, ctx.activation),
-                (x, w_in, b_in, w_out, b_out, residual),
-                needs,
-                (dout,),
+            return (
+                None,
+                None,
+                *reference_gradients(
+                    lambda *tensors: reference.mlp(*tensors, ctx.activation),
+                    (x, w_in, b_in, w_out, b_out, residual),
+                    needs,
+                    (dout,),
+                ),
             )
-        dx, dw_in, db_in, dw_out, db_out = native.mlp_backward(dout, x, pre, w_in, w_out, ctx.activation, needs[:5])
+        dx, dw_in, db_in, dw_out, db_out = BACKENDS[ctx.name].mlp_backward(
+            dout, x, pre, w_in, w_out, ctx.activation, needs[:5]
+        )
         gradients = (
             dx,
             dw_in,
@@ -128,21 +134,24 @@ class _MLP(torch.autograd.Function):
             db_out.to(b_out.dtype) if needs[4] else None,
             dout,
         )
-        return None, *(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return None, None, *(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_gate, w_up, w_down, residual):
-        out, gate, up = native.swiglu_forward(x, w_gate, w_up, w_down, residual, True)
+    def forward(ctx, name, x, w_gate, w_up, w_down, residual):
+        out, gate, up = BACKENDS[name].swiglu_forward(x, w_gate, w_up, w_down, residual, True)
         ctx.save_for_backward(x, w_gate, w_up, w_down, residual, gate, up)
+        ctx.name = name
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, w_gate, w_up, w_down, residual, gate, up = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return tuple(reference_gradients(reference.swiglu_mlp, (x, w_gate, w_up, w_down, residual), needs, (dout,)))
-        gradients = (*native.swiglu_backward(dout, x, gate, up, w_gate, w_up, w_down, needs[:4]), dout)
-        return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+            inputs = (x, w_gate, w_up, w_down, residual)
+            return None, *reference_gradients(reference.swiglu_mlp, inputs, needs, (dout,))
+        backend = BACKENDS[ctx.name]
+        gradients = (*backend.swiglu_backward(dout, x, gate, up, w_gate, w_up, w_down, needs[:4]), dout)
+        return None, *(g if needed else None for g, needed in zip(gradients, needs, strict=True))

@@ -7,14 +7,8 @@ from torch import Tensor
 
 from .. import _triton
 
-LONGEST_FWD, LONGEST_BWD = 16384, 8192  # rows that fit in registers, with all that is computed of them
-
-
-def tile(d: int) -> dict[str, int]:
-    """A tile of about 4096 elements, 16 of them per thread: two to four loads of 16 bytes in flight from each."""
-    cols = _triton.next_power_of_2(d)
-    rows = max(1, 4096 // cols) if cols >= 64 else 64
-    return {"ROWS": rows, "COLS": cols, "num_warps": min(16, max(4, rows * cols // 512))}
+# Rows that fit in registers, with all that is computed of them: in elements, and in bytes of x.
+LONGEST_FWD, LONGEST_BWD = 16384, 16384
 
 
 LONG = {"COLS": 4096, "num_warps": 8}
@@ -38,7 +32,7 @@ def _fwd(x, residual, weight, bias, eps, center, for_backward):
             flat.stride(0), 0 if added is None else added.stride(0), eps,
         )  # fmt: skip
         if d <= LONGEST_FWD:
-            options = tile(d)
+            options = _triton.row_tile(d)
             grid = (_triton.ceil_div(rows, options["ROWS"]),)
             _triton.launch(kernels.fwd, grid, *arguments, CENTER=center, **options)
         else:
@@ -59,8 +53,8 @@ def _bwd(dy, ds, s, rstd, mean, weight, bias, need_dweight, need_dbias):
     dy, ds, s = _triton.rows_of(dy), None if ds is None else _triton.rows_of(ds), _triton.rows_of(s)
     rows, weight = s.shape[0], _vector(weight)
     strides = (dy.stride(0), 0 if ds is None else ds.stride(0), s.stride(0))
-    fused = d <= LONGEST_BWD
-    options = tile(d) if fused else PARAMETERS
+    fused = d * s.itemsize <= LONGEST_BWD
+    options = _triton.row_tile(d) if fused else PARAMETERS
     tiles, programs = _triton.ceil_div(rows, options["ROWS"]), 2 * _triton.multiprocessors(s.device)
     if not fused:
         columns = _triton.ceil_div(d, options["COLS"])

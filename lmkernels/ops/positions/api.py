@@ -34,7 +34,7 @@ def add_positions(
     x: (b, s, d), or packed (t, d); float32, bfloat16, float16 or (on the CPU) float64; any strides on b and s
     table: (n, d), in x's dtype or, where that has 16 bits, float32
     positions: (s,), (1, s) or (b, s), packed (t,); int32 or int64; None is 0, 1, 2, ...
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns x's shape and dtype, summed in float32 (float64 for float64) and rounded once. Differentiable any number of
     times in x and table; tokens at the same position are added up in their order.

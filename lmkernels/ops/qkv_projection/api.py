@@ -12,9 +12,9 @@ from ..linear.api import linear
 from ..linear.checks import check_bias, check_weight, check_x
 from ..quantize_weight.api import QuantizedWeight
 from ..rotary.api import rotary
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def qkv_projection(
@@ -41,7 +41,7 @@ def qkv_projection(
                                                columns than d / 2: the rest of a head is passed through
     interleaved: the pairs that are rotated are (2 i, 2 i + 1), else (i, i + rotated / 2)
     positions: (s,) or (b, s) int32 or int64   rows of the tables, default 0 .. s - 1
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     weight and bias have x's dtype; where that has 16 bits they may be float32, as in `linear`.
     Returns q (b, s, h, d), k and v (b, s, h_kv, d), in x's dtype. Differentiable in x, weight and bias; twice by
@@ -82,9 +82,11 @@ def qkv_projection(
         positions = positions.expand(b, s).reshape(b * s)
     features = (cos, sin, positions, s, h, h_kv, bool(interleaved))
     if needs_gradient(x, weight, bias):
-        q, k, v = _QKVProjection.apply(b, x.reshape(b * s, d_model), weight, bias, *features)
+        q, k, v = _QKVProjection.apply(
+            module.__name__.rpartition(".")[2], b, x.reshape(b * s, d_model), weight, bias, *features
+        )
     else:
-        q, k, v = native.forward(x.reshape(b * s, d_model), weight, bias, *features)
+        q, k, v = module.forward(x.reshape(b * s, d_model), weight, bias, *features)
     return q.view(b, s, h, d), k.view(b, s, h_kv, d), v.view(b, s, h_kv, d)
 
 
@@ -138,16 +140,16 @@ def _check_tables(cos, sin, positions, x, d):
 
 class _QKVProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, batch, x, weight, bias, *features):
+    def forward(ctx, name, batch, x, weight, bias, *features):
         ctx.save_for_backward(x, weight, bias, *features[:3])
-        ctx.batch, ctx.numbers = batch, features[3:]
-        return native.forward(x, weight, bias, *features)
+        ctx.name, ctx.batch, ctx.numbers = name, batch, features[3:]
+        return BACKENDS[name].forward(x, weight, bias, *features)
 
     @staticmethod
     def backward(ctx, dq, dk, dv):
         x, weight, bias, *tables = ctx.saved_tensors
         seq, h, h_kv, interleaved = ctx.numbers
-        _, need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
+        _, _, need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         rest = (None,) * (3 + len(ctx.numbers))
         if torch.is_grad_enabled():
 
@@ -158,13 +160,15 @@ class _QKVProjection(torch.autograd.Function):
 
             return (
                 None,
-                *reference_gradients(forward, (x, weight, bias), ctx.needs_input_grad[1:4], (dq, dk, dv)),
+                None,
+                *reference_gradients(forward, (x, weight, bias), ctx.needs_input_grad[2:5], (dq, dk, dv)),
                 *rest,
             )
-        dx, dweight, dbias = native.backward(
+        dx, dweight, dbias = BACKENDS[ctx.name].backward(
             dq, dk, dv, x, weight, *tables, *ctx.numbers, need_dx, need_dweight, need_dbias
         )
         return (
+            None,
             None,
             dx if need_dx else None,
             dweight if need_dweight else None,

@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient
 from .._checks import check_device, check_floating, check_indices, check_range
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def rotary(
@@ -31,7 +31,7 @@ def rotary(
         the first half: cos[..., : d_rot // 2].
     interleaved: the pairs are columns (2 i, 2 i + 1), as in GPT-J; else (i, i + d_rot // 2), as in GPT-NeoX and Llama.
     positions: (s,), (1, s) or (b, s), packed (t,); int32 or int64, the table's row for each token; None is 0, 1, 2, ...
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns x's shape and dtype, contiguous; computed in float32 (float64 for float64) and rounded once. Differentiable
     any number of times; in cos and sin too, by the reference.
@@ -45,7 +45,7 @@ def rotary(
     if x.dtype == torch.float64:
         cos, sin = cos.to(torch.float64), sin.to(torch.float64)
     module = _dispatch.choose("rotary", BACKENDS, backend, x, cos, sin)
-    if module is reference:
+    if module is not native:
         check_range("positions", positions, cos.shape[0])
     return _rotate(module, x, cos, sin, positions, bool(interleaved), False)
 

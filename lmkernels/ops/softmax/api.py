@@ -8,9 +8,9 @@ from torch import Tensor
 from .. import _dispatch
 from .._autograd import needs_gradient
 from .._checks import FLOATS, check_floating, check_tensor
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def softmax(x: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def softmax(x: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None, backe
     x: any shape  float32, bfloat16, float16 or (on the CPU) float64; other dtypes where `dtype` is given
     dim: the axis; any but the last costs a copy, and the result has the strides of x transposed.
     dtype: of the computation and of the result, default x's. From 16 bits to float32 it costs no copy.
-    backend: "native" or "reference"; None takes the first that can run this.
+    backend: "native", "triton" or "reference"; None takes the first that can run this.
 
     Returns x's shape in `dtype`. Sums and exponentials are float32 (float64 for float64) in every dtype. Where all of
     an axis is -inf (nothing may be attended to), the result and its gradient are 0; torch gives NaN. Differentiable any
