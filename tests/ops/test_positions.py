@@ -12,7 +12,7 @@ from lmkernels import add_positions, alibi_slopes, sinusoidal
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INTERPRETED = r"^(?!.*(compiled|64|GPT|BERT|many|indices|float16)).*triton"
+INTERPRETED = r"^(?!.*(compiled|64|GPT|BERT|many|indices|beside|float16)).*triton"
 CASE = {case.name: case for case in cases.EMBED}
 
 
