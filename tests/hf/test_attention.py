@@ -88,8 +88,6 @@ def test_logits_and_gradients(tiny, name, padding):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", DECODERS + SEQ2SEQ)
 def test_generate(tiny, name, beams, cache):
-    if cache and name == "llama4":
-        pytest.skip("transformers' eager attention does not fit its static chunked cache")
     options = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": beams, "do_sample": False}
     eager, ours = on_both(
         tiny(name), lambda model: model.generate(**prompts(name), **options, cache_implementation=cache)
