@@ -3,11 +3,13 @@
 # make demo      train a small GPT, let it write, and compare with plain torch on this machine
 #
 # Each starts with what `make install` does, and that does nothing when it has been done. Only the first one needs a
-# network. PYTHON picks the interpreter that makes .venv; ARGS goes to pytest or to the benchmarks.
+# network. PYTHON picks the interpreter that makes .venv; ARGS goes to pytest or to the benchmarks; WORKERS is the number
+# of processes that test (0: this one).
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+WORKERS ?= 2
 OTHER_TORCH ?= 2.14.1
 OTHER_VENV ?= .venv-torch-$(OTHER_TORCH)
 CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
@@ -24,7 +26,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch numpy ninja 'setuptools>=77'
 	LMKERNELS_NO_EXTENSION=1 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
-	  --editable '.[test,dev,hf]'
+	  --editable '.[test,dev]'
 	touch $@
 
 # Built in place: ninja then compiles only what has changed. Where there is no compiler this makes no file, and says so.
@@ -32,7 +34,7 @@ lmkernels/_C.so: $(VENV)/installed $(CXX_SOURCES)
 	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 
 test: install
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Every Triton kernel in every configuration, compiled for sm_80 and sm_90; needs no GPU.
 test-gpu-compile: install
