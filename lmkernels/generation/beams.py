@@ -6,6 +6,7 @@ import torch
 
 from .decoder import Decoder
 from .plan import Plan, process, refuse
+from .processors import NO
 
 # what puts a score behind all others; Hugging Face's value, since it takes part in the rounding
 BEHIND = -1e9
@@ -65,7 +66,7 @@ def beam_search(plan: Plan, decoder: Decoder):
     results = closed
     # what follows is about the prompts that still run, and `prompts` are their places in `results`
     prompts = torch.arange(b, device=device)
-    logits = decoder.logits(plan.ids)[:, -1].repeat_interleave(n, 0)
+    logits = plan.logits_of(decoder, plan.ids)[:, -1].repeat_interleave(n, 0)
     decoder.repeat(n)
     processors = plan.processors(plan.padding.repeat_interleave(n))
 
@@ -74,7 +75,7 @@ def beam_search(plan: Plan, decoder: Decoder):
         log_p = process(processors, ids, logits.log_softmax(-1))
         plan.record(log_p, logits)
         sums = (log_p.view(b, n, -1) + running.scores[..., None]).flatten(1)  # (b, n vocab)
-        best, index = candidates(plan, sums, kept, logits)  # (b, kept) each
+        best, index = candidates(plan, sums, kept)  # (b, kept) each
         beam, token = index // plan.vocab, index % plan.vocab
         found = running.take(beam)
         found.scores = best
@@ -117,7 +118,7 @@ def beam_search(plan: Plan, decoder: Decoder):
             rows = (left[:, None] * n + torch.arange(n, device=device)).flatten()
             decoder.reorder(rows)
             processors = plan.processors(plan.padding[prompts].repeat_interleave(n))
-        logits = decoder.logits(running.tokens[:, :, : length + 1].flatten(0, 1))[:, -1]
+        logits = plan.logits_of(decoder, running.tokens[:, :, : length + 1].flatten(0, 1))[:, -1]
 
     results = merged(results, closed, prompts)
     best = slice(0, s.num_return_sequences)
@@ -130,16 +131,16 @@ def beam_search(plan: Plan, decoder: Decoder):
     )
 
 
-def candidates(plan: Plan, sums: torch.Tensor, kept: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(plan: Plan, sums: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `kept` best of the sums (b, n vocab), or a draw without replacement, best first: values and places."""
     if not plan.settings.do_sample:
         best, index = sums.topk(kept)
-        if not best[:, 0].isfinite().all():
-            refuse(sums, logits)
+        if not (best[:, 0] > NO).all():
+            refuse()
         return best, index
     probabilities = sums.softmax(-1)
     if probabilities[:, 0].isnan().any():
-        refuse(sums, logits)
+        refuse()
     index = torch.multinomial(probabilities, kept, generator=plan.generator)
     best, order = sums.gather(1, index).sort(descending=True)
     return best, index.gather(1, order)

@@ -7,8 +7,9 @@ from functools import cached_property
 import torch
 
 from .config import Settings
+from .decoder import Decoder
 from .outputs import GenerateOutput
-from .processors import NO, Processor, processors_for
+from .processors import Processor, processors_for
 from .stopping import any_of
 
 
@@ -37,12 +38,12 @@ class Plan:
     streamer: object | None
     private: bool
     scores: tuple | None = field(init=False)
-    logits: tuple | None = field(init=False)
+    all_logits: tuple | None = field(init=False)
 
     def __post_init__(self):
         s = self.settings
         self.scores = () if s.return_dict_in_generate and s.output_scores else None
-        self.logits = () if s.return_dict_in_generate and s.output_logits else None
+        self.all_logits = () if s.return_dict_in_generate and s.output_logits else None
 
     @property
     def prompt(self) -> int:
@@ -59,12 +60,24 @@ class Plan:
             self.settings, self.ends, self.prompt, self.total, self.vocab, padding, self.custom, self.allowed
         )
 
+    def logits_of(self, decoder: Decoder, ids: torch.Tensor, count: int = 1) -> torch.Tensor:
+        """The decoder's logits (rows, count, vocab). Raises FloatingPointError if they are not finite."""
+        logits = decoder.logits(ids, count)
+        # one pass over memory: a sum has NaN or infinity when a term has
+        if not self.settings.remove_invalid_values and not logits.sum().isfinite():
+            row = int((~logits.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise FloatingPointError(
+                f"the model's logits hold NaN or infinity in row {row}: its weights are broken, or too large for its "
+                "dtype (float16 ends at 65504; bfloat16 and float32 reach further)"
+            )
+        return logits
+
     def record(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Keeps the scores (rows, vocab) and logits of one step if the caller wants them."""
         if self.scores is not None:
             self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
+        if self.all_logits is not None:
+            self.all_logits += (logits,)
 
     def finished(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows (rows,) bool that their newest token ends."""
@@ -79,7 +92,7 @@ class Plan:
             self.streamer.end()
         if not self.settings.return_dict_in_generate:
             return sequences
-        return GenerateOutput(sequences=sequences, scores=self.scores, logits=self.logits, **more)
+        return GenerateOutput(sequences=sequences, scores=self.scores, logits=self.all_logits, **more)
 
 
 def process(processors: list[Processor], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -88,16 +101,6 @@ def process(processors: list[Processor], ids: torch.Tensor, scores: torch.Tensor
     return scores
 
 
-def refuse(scores: torch.Tensor, logits: torch.Tensor, infinite: bool = False) -> None:
-    """Raises for rows (rows, vocab) that leave nothing to choose, which the caller has found.
-
-    infinite: a logits processor may have raised a score to infinity
-    """
-    bad = ~logits.isfinite().all(-1)
-    if bad.any():
-        raise FloatingPointError(
-            f"the model's logits hold NaN or infinity in row {int(bad.nonzero()[0])}: its weights are broken, or too "
-            "large for its dtype (float16 ends at 65504; bfloat16 and float32 reach further)"
-        )
-    if not (infinite and (scores.amax(-1) > NO).all()):
-        raise ValueError("the logits processors leave no token to choose: all scores of a row are -inf, or one is NaN")
+def refuse() -> None:
+    """Raises for scores of which the caller has found that they leave nothing to choose."""
+    raise ValueError("the logits processors leave no token to choose: all scores of a row are -inf, or one is NaN")

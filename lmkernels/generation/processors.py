@@ -8,8 +8,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 NO = float("-inf")
+FEW = 512
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -20,10 +22,11 @@ def repetition_penalty(ids, scores, penalty: float, padding: torch.Tensor):
     """
     vocab = scores.shape[-1]
     counts = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]  # (rows, length)
+    ids = torch.where(counts, ids, vocab)
     # what does not count goes into a column more
-    seen = scores.new_zeros(scores.shape[0], vocab + 1, dtype=torch.bool)
-    seen = seen.scatter(1, torch.where(counts, ids, vocab), True)[:, :vocab]
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    scores = F.pad(scores, (0, 1))
+    seen = scores.gather(1, ids)  # (rows, length)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))[:, :vocab]
 
 
 def presence_and_frequency_penalty(ids, scores, presence: float, frequency: float, prompt: int):
@@ -109,15 +112,16 @@ def temperature(ids, scores, value: float):
 
 def top_k(ids, scores, k: int, at_least: int = 1):
     kth = scores.topk(min(max(k, at_least), scores.shape[-1])).values[:, -1:]  # (rows, 1)
-    return scores.masked_fill(scores < kth, NO)
+    return torch.where(scores < kth, NO, scores)
 
 
 def top_p(ids, scores, p: float, at_least: int = 1):
     """The smallest set of tokens whose probabilities reach p (Holtzman et al. 2020)."""
-    ascending, order = scores.sort()
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    out[:, -at_least:] = False
-    return scores.masked_fill(out.scatter(1, order, out), NO)
+    order, reached = _first(scores, -scores, p)  # (rows, many) each
+    kept = torch.arange(order.shape[1], device=order.device) <= (reached < p).sum(1, keepdim=True)
+    kept[:, :at_least] = True
+    best = torch.where(kept, scores.gather(1, order), NO)
+    return torch.full_like(scores, NO).scatter(1, order, best)
 
 
 def min_p(ids, scores, p: float, at_least: int = 1):
@@ -132,12 +136,22 @@ def typical_p(ids, scores, p: float, at_least: int = 1):
     """The tokens whose surprise is nearest to the entropy, up to probability p (Meister et al. 2022)."""
     log_p = scores.log_softmax(-1)
     entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)
-    ascending, order = (-log_p - entropy).abs().sort()  # (rows, vocab)
-    reached = scores.gather(1, order).softmax(-1).cumsum(-1)
-    last = (reached < p).sum(1, keepdim=True).clamp(max=scores.shape[-1] - 1)  # (rows, 1)
-    out = ascending > ascending.gather(1, last)
-    out[:, :at_least] = False
-    return scores.masked_fill(out.scatter(1, order, out), NO)
+    rank = (-log_p - entropy).abs()  # (rows, vocab)
+    order, reached = _first(scores, rank, p)
+    last = (reached < p).sum(1, keepdim=True).clamp(at_least - 1, order.shape[1] - 1)  # (rows, 1)
+    return torch.where(rank > rank.gather(1, order.gather(1, last)), NO, scores)
+
+
+def _first(scores, rank, p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of the smallest ranks, enough to reach probability p: which, and the probability up to each."""
+    log_sum = scores.logsumexp(-1, keepdim=True)
+    # a few of a large vocabulary nearly always do, and are found sooner than all are sorted
+    for many in (min(FEW, scores.shape[-1]), scores.shape[-1]):
+        order = rank.topk(many, largest=False).indices  # (rows, many)
+        reached = (scores.gather(1, order) - log_sum).exp().cumsum(-1)
+        if bool((reached[:, -1] >= p).all()):
+            break
+    return order, reached
 
 
 def epsilon_cutoff(ids, scores, epsilon: float, at_least: int = 1):

@@ -55,9 +55,9 @@ class Draft:
         # tokens that the model did not accept may be in the cache
         self.decoder.crop(start - 1)
         for _ in range(min(self.most, room)):
-            logits = self.decoder.logits(ids)[:, -1]
+            logits = self.plan.logits_of(self.decoder, ids)[:, -1]
             scores = process(self.processors, ids, logits)
-            token = next_tokens(self.plan, scores, logits, row, 1)
+            token = next_tokens(self.plan, scores, row, 1)
             distributions.append(scores.softmax(-1)[0])
             ids = torch.cat([ids, token[:, None]], 1)
             if distributions[-1][token] < self.sure or int(token) in self.plan.ends:
@@ -80,15 +80,13 @@ def speculate(plan: Plan, decoder: Decoder, proposer):
         guess, drawn = proposer(ids, plan.total - length - 1)
         n = guess.numel()
         candidate = torch.cat([ids, guess[None]], 1)
-        logits = decoder.logits(candidate, n + 1)[0]  # (n + 1, vocab)
+        logits = plan.logits_of(decoder, candidate, n + 1)[0]  # (n + 1, vocab)
         new: list[torch.Tensor] = []
         while True:
             i = len(new)
             scores = process(processors, candidate[:, : length + i], logits[i : i + 1])  # (1, vocab)
             plan.record(scores, logits[i : i + 1])
-            token = judge(
-                plan, scores, logits[i : i + 1], guess[i : i + 1], None if drawn is None else drawn[i : i + 1]
-            )
+            token = judge(plan, scores, guess[i : i + 1], None if drawn is None else drawn[i : i + 1])
             new.append(token)
             ids = torch.cat([ids, token[:, None]], 1)
             finished = ids.shape[1] == plan.total or bool(plan.finished(ids).all())
@@ -102,7 +100,7 @@ def speculate(plan: Plan, decoder: Decoder, proposer):
         decoder.crop(ids.shape[1] - 1)
 
 
-def judge(plan: Plan, scores, logits, guess, drawn) -> torch.Tensor:
+def judge(plan: Plan, scores, guess, drawn) -> torch.Tensor:
     """The token (1,) at one place: the guess where it stands, else another, else (no guess left) the model's own.
 
     scores: (1, vocab); guess: (1,) or (0,); drawn: (1, vocab) the distribution of the guess, None = it is certain
@@ -111,7 +109,7 @@ def judge(plan: Plan, scores, logits, guess, drawn) -> torch.Tensor:
     """
     if not plan.settings.do_sample or guess.numel() == 0:
         row = torch.zeros(1, dtype=torch.long, device=scores.device)
-        return next_tokens(plan, scores, logits, row, 1)
+        return next_tokens(plan, scores, row, 1)
     p = scores.softmax(-1)
     q = torch.zeros_like(p).index_fill(1, guess, 1.0) if drawn is None else drawn
     chance = torch.rand(1, generator=plan.generator, device=p.device)

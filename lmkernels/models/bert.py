@@ -132,6 +132,8 @@ class BertConfig(PretrainedConfig):
             raise ValueError(
                 f"id2label must name the labels 0 to num_labels - 1 = {self.num_labels - 1}, got {list(self.id2label)}"
             )
+        if self.num_labels == 1 and self.problem_type == "single_label_classification":
+            raise ValueError("num_labels must be 2 or more for single_label_classification, got 1")
         if self.label2id is None:
             self.label2id = {label: i for i, label in self.id2label.items()}
 
@@ -146,6 +148,8 @@ class BertConfig(PretrainedConfig):
         num_labels = overrides.get("num_labels", entries.get("num_labels"))
         if num_labels is not None and len(entries.get("id2label") or ()) != num_labels:
             entries = entries | {"id2label": None, "label2id": None}
+        if "id2label" in overrides:
+            entries = entries | {"label2id": None}
         return super().from_dict(entries, **overrides)
 
     def to_dict(self) -> dict:
@@ -238,6 +242,8 @@ class AddAndNorm(nn.Module):
         if not self.dropout.training or self.dropout.p == 0:
             return norm(project(self.dense, x, residual=residual))
         x = self.dropout(project(self.dense, x))
+        if type(norm) is not LayerNorm or is_watched(norm):
+            return norm(x + residual)
         return layer_norm(x, norm.weight, norm.bias, norm.eps, residual=residual)[0]
 
 

@@ -19,8 +19,9 @@ from .cases import AttentionInputs
 # In 16 bits the roundings of the matmuls' operands dominate, and they are the same for everyone. In float32 and float64
 # every rounding of a score counts: a softmax in base 2, or one of several tiles, has more of them.
 MAX_RATIO = 2.0
-# Without fused multiply-add, each of them rounds twice; plain torch, the yardstick, has it wherever the CPU does.
-UNFUSED = math.sqrt(2) if _library.cpu_isa() == "generic" else 1.0
+# Without fused multiply-add, each of them rounds twice; plain torch, the yardstick, has it wherever the CPU does, and
+# Triton's interpreter has not.
+UNFUSED = math.sqrt(2) if _library.triton_interpreted or _library.cpu_isa() == "generic" else 1.0
 RMS_RATIO = {torch.bfloat16: 1.2, torch.float16: 1.2, torch.float32: 2.0, torch.float64: 2.0}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lmkernels.generation import TextStreamer, processors
+from lmkernels.generation import TextStreamer, processors, search
 from lmkernels.generation.decoder import Decoder
 from lmkernels.models import GPT2LMHeadModel
 
@@ -94,6 +94,43 @@ def test_top_k_keeps_k_and_top_p_the_smallest_set_that_reaches_p():
     ):
         assert (kept > -torch.inf).tolist() == [left]
         assert torch.equal(kept[kept > -torch.inf], logits[0, : sum(left)])
+
+
+@pytest.mark.parametrize("flat", [0.02, 1.0, 4.0], ids="flat={}".format)
+@pytest.mark.parametrize("at_least", [1, 3])
+def test_filters_of_a_large_vocabulary_leave_what_hugging_faces_leave(flat, at_least):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    scores = flat * torch.randn(6, 5000)
+    for p in (0.05, 0.5, 0.95):
+        for ours, theirs in (
+            (processors.top_p, transformers.TopPLogitsWarper(p, min_tokens_to_keep=at_least)),
+            (processors.typical_p, transformers.TypicalLogitsWarper(p, min_tokens_to_keep=at_least)),
+        ):
+            left, expected = ours(None, scores, p, at_least), theirs(None, scores)
+            # where sums of thousands of probabilities are compared, one token may fall to the other side
+            differ = (left.isinf() != expected.isinf()).sum(-1)
+            assert differ.max() <= (1 if flat == 0.02 else 0)
+            assert torch.equal(left[left.isfinite()], scores[left.isfinite()])
+
+
+def test_top_p_of_equal_scores_keeps_no_more_than_it_needs():
+    assert int(processors.top_p(None, torch.zeros(1, 8), 0.5).isfinite().sum()) == 4
+
+
+def test_draw_is_multinomials(monkeypatch):
+    probabilities = (3 * torch.randn(5, 3000)).softmax(-1)
+    probabilities[:, ::3] = 0
+    rows = torch.arange(5)
+    for fast in (True, False):
+        for seed in range(20):
+            generators = [torch.Generator().manual_seed(seed) for _ in range(3)]
+            expected = torch.multinomial(probabilities, 1, generator=generators[0]).squeeze(1)
+            assert torch.equal(search.draw(probabilities, rows, 5, generators[1]), expected)
+            left = torch.tensor([3, 0])
+            assert torch.equal(search.draw(probabilities[left], left, 5, generators[2]), expected[left])
+            states = [generator.get_state() for generator in generators]
+            assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+        monkeypatch.setattr(search, "exponential_is_log_of_uniform", lambda: False)
 
 
 class Recorder:

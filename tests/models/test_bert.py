@@ -402,6 +402,7 @@ def test_labels_are_counted_named_and_replaced():
     entries = BertConfig(num_labels=3).to_dict()
     assert "num_labels" not in entries and BertConfig.from_dict(entries).num_labels == 3
     assert BertConfig.from_dict(entries, num_labels=5).id2label[4] == "LABEL_4"
+    assert BertConfig.from_dict(entries, id2label={0: "no", 1: "yes"}).label2id == {"no": 0, "yes": 1}
 
 
 def test_num_labels_that_contradicts_the_checkpoint_is_a_named_error(tmp_path):
@@ -423,6 +424,7 @@ def test_num_labels_that_contradicts_the_checkpoint_is_a_named_error(tmp_path):
         ({"pad_token_id": 61}, ValueError, r"pad_token_id must lie in \[0, 61\)"),
         ({"problem_type": "guess"}, ValueError, "problem_type must be None or one of regression"),
         ({"num_labels": 0}, ValueError, "num_labels must be a positive whole number"),
+        ({"num_labels": 1, "problem_type": "single_label_classification"}, ValueError, "num_labels must be 2 or more"),
         ({"num_labels": 2, "id2label": {0: "a"}}, ValueError, "id2label must name the labels 0 to num_labels - 1 = 1"),
         ({"is_decoder": True}, NotImplementedError, "is_decoder must be false"),
         ({"position_embedding_type": "relative_key"}, NotImplementedError, "position_embedding_type must be 'absol"),
@@ -592,10 +594,12 @@ def test_exchanged_and_watched_layers_are_called():
             dense.weight *= 2
             dense.bias *= 2
     close(model(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
-    seen = []
-    model.encoder.layer[1].output.dense.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    seen, last = [], model.encoder.layer[1].output
+    for module in (last.dense, last.LayerNorm):
+        module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     model(**inputs)
-    assert seen == [(int(inputs["attention_mask"].sum()), SHAPE["hidden_size"])]
+    model.train()(**inputs)
+    assert seen == 4 * [(int(inputs["attention_mask"].sum()), SHAPE["hidden_size"])]
 
 
 @pytest.mark.parametrize("model_class", CLASSES)

@@ -9,11 +9,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmkernels import attention
+from lmkernels import _library, attention
 from lmkernels.ops.attention.reference import scores_and_visible
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = (
+    r"combination.*triton-(float32|bfloat16)|zeros\[triton-(causal, more queries|lengths, one of|bias of every.*hides)|"
+    r"plain_torch\[triton-((five|head size 37).*-float16|"
+    r"(five|one token short|head size (8|37,)|negative|zero|softcap|dropout, causal|causal, more queries).*-float32)"
+)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -120,7 +125,12 @@ def random_cases(draw) -> cases.AttentionCase:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=10 if _library.triton_interpreted else 40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(case=random_cases())
 def test_any_combination_of_features_is_right(dtype, backend, device, case):
     """Such small results differ in accuracy by chance, so it is not measured here: an error would be a wrong number."""

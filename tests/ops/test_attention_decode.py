@@ -14,6 +14,11 @@ from lmkernels.ops.attention_decode.reference import quantise
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+INTERPRETED = (
+    r"plain_torch\[triton-((one key in|short|groups of seven|head size 37|two|pages of 5|rotary|alibi|sink).*-float32|"
+    r"(rotary, partial|softcap|window|queries that|everything).*-bfloat16)|nearest.*triton-(short|rotary)\]|"
+    r"its_values_give\[triton-(short|everything at once|rotary)-(float32|bfloat16)"
+)
 CASE = {case.name: case for case in cases.DECODE}
 EVERYTHING = CASE["everything at once"]
 

@@ -11,6 +11,7 @@ from lmkernels import attention_decode, rotary
 from lmkernels.ops.attention_decode.reference import quantise
 from lmkernels.testing import cases
 
+INTERPRETED = r"(only_the_new_rows.*triton-.*-False|nothing|without_new|counts_as|never_looked|finite|empty|no_pages).*"
 CASE = {case.name: case for case in cases.DECODE}
 EVERYTHING = CASE["everything at once"]
 NAN = float("nan")

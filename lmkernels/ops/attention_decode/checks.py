@@ -10,7 +10,9 @@ from .._checks import FLOATS, check_device, check_floating, check_same_or_wider,
 
 def in_cache_dtype(q, k_cache, k_new, v_new):
     """Under autocast q, k_new and v_new in the dtype of the cache, or the autocast dtype for int8; else as they are."""
-    if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor) and torch.is_autocast_enabled(q.device.type)):
+    if not (isinstance(q, Tensor) and isinstance(k_cache, Tensor)) or q.is_meta:
+        return q, k_new, v_new
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k_new, v_new
     dtype = k_cache.dtype if k_cache.is_floating_point() else torch.get_autocast_dtype(q.device.type)
     return tuple(

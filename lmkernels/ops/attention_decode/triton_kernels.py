@@ -13,8 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from ..attention.triton_kernels import LN2, LOG2E, tanh
 
 
 @triton.jit
@@ -101,17 +100,6 @@ def append(
         vs_place = row_of(cache, v_scale_strides, n, head, j, exists)
     store_row(x, k_place, ks_place, exists, k_cache, k_scale, D, BLOCK_D)
     store_row(y, v_place, vs_place, exists, v_cache, v_scale, D_V, BLOCK_DV)
-
-
-@triton.jit
-def tanh(x):
-    """tanh(x); below 1/8, where 1 - exp(-2x) cancels, by its series."""
-    a = tl.abs(x)
-    e = tl.exp2(-2.0 * LOG2E * a)
-    large = (1.0 - e) / (1.0 + e)
-    y = x * x
-    small = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 - y * (17.0 / 315))))
-    return tl.where(a < 0.125, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit(do_not_specialize=["lengths", "heads", "share"])
