@@ -121,7 +121,7 @@ def test_draw_is_multinomials(monkeypatch):
     probabilities = (3 * torch.randn(5, 3000)).softmax(-1)
     probabilities[:, ::3] = 0
     rows = torch.arange(5)
-    for fast in (True, False):
+    for _fast in (True, False):
         for seed in range(20):
             generators = [torch.Generator().manual_seed(seed) for _ in range(3)]
             expected = torch.multinomial(probabilities, 1, generator=generators[0]).squeeze(1)
