@@ -6,15 +6,20 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from ..models import GPT2LMHeadModel
+from ..ops.linear import linear
 from . import checkpoint
 from .finetune import find_model
 from .pretrain import prepare
 from .settings import FinetuneSettings
 from .tasks.features import text_of
 from .tokens import batched
+
+# tokens whose logits are held at a time
+ROWS = 512
 
 
 def perplexity(
@@ -63,10 +68,8 @@ def perplexity(
             for row, (start, counted, end) in enumerate(some):
                 inputs[row, : end - start] = ids[start:end]
                 labels[row, counted - start : end - start] = ids[counted:end]
-            counts = (labels[:, 1:] != -100).sum().item()
-            with torch.no_grad():
-                loss = network(inputs.to(network.device), labels=labels.to(network.device), use_cache=False).loss
-            total, count = total + loss.item() * counts, count + counts
+            loss, counts = summed_loss(network, inputs.to(network.device), labels.to(network.device))
+            total, count = total + loss, count + counts
             bar.update(counts)
     loss = total / count
     return {
@@ -76,6 +79,19 @@ def perplexity(
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": total / math.log(2) / len(text.encode()),
     }
+
+
+@torch.no_grad()
+def summed_loss(model: GPT2LMHeadModel, ids: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """The sum of the cross entropies of labels (b, s) one place to the right, and their number; -100 is ignored."""
+    hidden = model.transformer(ids, None, None, None, None)[:, :-1]  # (b, s - 1, d_model)
+    counted = labels[:, 1:] != -100
+    hidden, targets = hidden[counted], labels[:, 1:][counted]  # (n, d_model), (n,)
+    total = 0.0
+    for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS)):
+        logits = linear(rows, model.lm_head.weight).float()
+        total += F.cross_entropy(logits, wanted, reduction="sum").item()
+    return total, targets.numel()
 
 
 def windows(n: int, max_length: int, stride: int):

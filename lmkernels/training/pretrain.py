@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ..models import GPT2Config, GPT2LMHeadModel
+from ..ops.linear_cross_entropy import linear_cross_entropy
 from . import checkpoint
 from .corpus import find_corpus
 from .settings import RunSettings, Settings, resumed
@@ -103,8 +104,8 @@ class Text:
 def next_token_loss(model, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of each token in ids (b, s + 1) but the first, given those before it."""
     ids = ids.to(model.device)
-    logits = model(ids[:, :-1], use_cache=False).logits  # (b, s, vocab)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    hidden = model.transformer(ids[:, :-1], None, None, None, None)  # (b, s, d_model)
+    return linear_cross_entropy(hidden, model.lm_head.weight, ids[:, 1:])
 
 
 def prepare(settings: RunSettings) -> torch.device:

@@ -294,6 +294,15 @@ def test_perplexity_counts_every_token_once_with_its_context(tmp_path, gpt, max_
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text), rel=1e-4)
 
 
+def test_perplexity_of_quantised_weights_is_near(tmp_path, gpt):
+    (tmp_path / "text.txt").write_text("anna lives in berlin. where was the film?")
+    whole, int8, int4 = (
+        perplexity(gpt, tmp_path / "text.txt", quantize=quantize, device="cpu")["eval_loss"]
+        for quantize in (None, "int8", "int4")
+    )
+    assert 0 < abs(int8 - whole) < 0.01 * whole and abs(int8 - whole) < abs(int4 - whole) < 0.2 * whole
+
+
 @pytest.mark.parametrize("n, max_length, stride", [(2, 16, 16), (100, 16, 16), (100, 16, 5), (33, 16, 1), (17, 2, 1)])
 def test_windows_are_full_and_cover(n, max_length, stride):
     counted = 1
