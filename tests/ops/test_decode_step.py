@@ -108,7 +108,6 @@ def assert_accurate(case, dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", cases.DECODE_STEP, ids=str)
-@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_as_accurate_as_plain_torch(case, dtype, backend):
     assert_accurate(case, dtype, backend)
 
@@ -268,7 +267,6 @@ def first_layer(**changes):
         (first_layer(gate=torch.zeros(100, 48)), ValueError, "gate must be given in every layer or in none"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["native", "reference"])
 def test_bad_arguments_are_named_errors(change, error, message, backend):
     arguments = CASE["one row"].make(torch.float32)
     with pytest.raises(error, match=message):
