@@ -12,8 +12,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 OTHER_TORCH ?= 2.14.1
 OTHER_VENV ?= .venv-torch-$(OTHER_TORCH)
-CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
-CXX_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*.h)
+CXX_SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CXX_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*.h tests/gpu/emulated/*)
 # torch's build looks for ninja here
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

@@ -14,7 +14,10 @@ from lmkernels import _library
 
 
 def diagnosis() -> dict:
-    """Versions, processor, threads, compiler, GPUs, backends (None = present, else the reason) and advice."""
+    """Versions, processor, threads, compiler, GPUs, backends (None = present, else the reason) and advice.
+
+    cuda_kernels: None or the reason likewise, for what backend="native" runs on a GPU.
+    """
     try:
         isa, isa_error = _library.cpu_isa(), None
     # LMKERNELS_CPU_ISA names something that this processor lacks
@@ -35,6 +38,7 @@ def diagnosis() -> dict:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "compiler": compiler(),
         "backends": lmkernels.backends(),
+        "cuda_kernels": _library.cuda_error,
     }
     return report | {"advice": advice(report, isa_error)}
 
@@ -76,6 +80,9 @@ def text(report: dict) -> str:
     ]
     for name, reason in report["backends"].items():
         lines.append((f"backend {name}", "present" if reason is None else f"absent: {reason}"))
+    if report["gpus"]:
+        reason = report["cuda_kernels"]
+        lines.append(("CUDA C++ kernels", "present, on request" if reason is None else f"absent: {reason}"))
     for sentence in report["advice"]:
         lines.append(("to do", sentence))
     return "\n".join(f"{name:<18} {value}" for name, value in lines)

@@ -1,4 +1,4 @@
-"""The compiled library lmkernels/_C.so: loading it, and what is present on this machine."""
+"""The compiled libraries lmkernels/_C.so and _C_cuda.so: loading them, and what is present on this machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LIBRARY = torch.library.Library("lmkernels", "DEF")
 LIBRARY.define("cpu_isa() -> str")
 
 
-def _load() -> str | None:
-    """Loads the compiled library. Returns None, or why it is absent; never raises."""
-    path = Path(__file__).with_name("_C.so")
+def _load(name: str, compiler: str, switch: str) -> str | None:
+    """Loads a compiled library. Returns None, or why it is absent; never raises."""
+    path = Path(__file__).with_name(name)
     if not path.exists():
         return (
-            f"{path} does not exist: lmkernels was installed without a C++ compiler or with "
-            "LMKERNELS_NO_EXTENSION=1; reinstall it with a C++ compiler present"
+            f"{path} does not exist: lmkernels was installed without {compiler} or with {switch}=1; reinstall it with "
+            f"{compiler} present"
         )
     try:
         torch.ops.load_library(str(path))
@@ -32,7 +32,14 @@ def _load() -> str | None:
     return None
 
 
-native_error: str | None = _load()
+native_error: str | None = _load("_C.so", "a C++ compiler", "LMKERNELS_NO_EXTENSION")
+
+# Loaded together with the package, so that torch.compile finds its ops; it asks nothing of a GPU until one is used.
+cuda_error: str | None = (
+    f"torch {torch.__version__} is a build without CUDA"
+    if torch.version.cuda is None
+    else _load("_C_cuda.so", "a CUDA compiler (nvcc)", "LMKERNELS_NO_CUDA")
+)
 
 TRITON_FLOOR = (3, 6)  # what torch 2.11 brings
 

@@ -12,7 +12,8 @@ def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arg
 
     backends: name -> module, in order of preference; `module.unsupported(*arguments)` returns None or its reason.
     requested: a backend's name, or None for the first without an objection.
-    Tensors on the CPU never go to triton unasked: only its interpreter takes them, which is slow.
+    Tensors on the CPU never go to triton unasked: only its interpreter takes them, which is slow. CUDA tensors never go
+    to native unasked: its kernels for them have not been tested on a GPU yet.
     Raises ValueError for an unknown name, NotImplementedError when the named backend (or every one) objects.
     """
     if requested is not None:
@@ -25,8 +26,11 @@ def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arg
     reasons = []
     for name, module in backends.items():
         reason = module.unsupported(*arguments)
-        if reason is None and name == "triton" and isinstance(arguments[0], Tensor) and arguments[0].is_cpu:
-            reason = "runs on the CPU only when it is asked for by name"
+        if reason is None and isinstance(arguments[0], Tensor):
+            if name == "triton" and arguments[0].is_cpu:
+                reason = "runs on the CPU only when it is asked for by name"
+            elif name == "native" and arguments[0].is_cuda:
+                reason = "runs on a GPU only when it is asked for by name"
         if reason is None:
             return module
         reasons.append(f"{name}: {reason}")
