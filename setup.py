@@ -76,12 +76,12 @@ def native_library():
                     subprocess.run([*compiler_flags, "-c", source, "-o", objects[-1]], check=True)
             # what a CPU-only torch lacks is found in the torch that loads the library
             stub = folder / "libtorch_cuda.so"
-            text = "extern \"C\" void aoti_torch_get_current_cuda_stream() {}"
+            text = 'extern "C" void aoti_torch_get_current_cuda_stream() {}'
             stub_flags = ["-shared", "-fPIC", "-x", "c++", "-", "-Wl,-soname,libtorch_cuda.so", "-o", str(stub)]
             subprocess.run([*cxx, *stub_flags], input=text, text=True, check=True)
             libraries = [f"-L{path}" for path in [folder, *cpp_extension.library_paths()]]
             libraries += ["-ltorch_cuda", "-ltorch_cpu", "-lc10", "-cudart=static"]
-            subprocess.run([nvcc, "-shared", *objects, *libraries, "-o", str(library)], check=True)
+            subprocess.run([nvcc, "-shared", "--no-device-link", *objects, *libraries, "-o", str(library)], check=True)
 
     compiler = get_cxx_compiler()
     if shutil.which(shlex.split(compiler)[0]) is None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # Threads that wait must not spin: the shapes of tests are small, and on a busy machine spinning takes ten times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -36,16 +37,21 @@ def device(request) -> str:
     return request.config.getoption("--device")
 
 
-def backends_for(device: str) -> tuple[str, ...]:
-    """On the CPU triton needs its interpreter, which is a matter of the whole process, and too slow for the others."""
+def backends_for(device: str, module: ModuleType | None = None) -> tuple[str, ...]:
+    """On the CPU triton needs its interpreter, which is a matter of the whole process, and too slow for the others.
+
+    A module of tests whose op has CUDA C++ kernels says so: NATIVE_ON_CUDA = True.
+    """
     if _library.triton_interpreted:
         return ("triton",)
-    return ("reference", "native") if device == "cpu" else ("reference", "triton")
+    if device == "cpu":
+        return ("reference", "native")
+    return ("reference", "triton", *["native"] * getattr(module, "NATIVE_ON_CUDA", False))
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        names = backends_for(metafunc.config.getoption("--device"))
+        names = backends_for(metafunc.config.getoption("--device"), metafunc.module)
         metafunc.parametrize("backend", names, indirect=True, scope="session")
 
 
@@ -63,15 +69,16 @@ def pytest_pyfunc_call(pyfuncitem):
     try:
         return (yield)
     except NotImplementedError as error:
-        if "backend 'triton' cannot run this: dtype torch.float64" in str(error):
+        if "cannot run this: dtype torch.float64" in str(error):
             pytest.skip(str(error))
         raise
 
 
 @pytest.fixture(scope="session")
-def backend(request) -> str:
+def backend(request, device) -> str:
     """Each backend by name; a test that takes it runs once per backend that this machine has."""
-    reason = lmkernels.backends()[request.param]
+    on_gpu = request.param == "native" and device != "cpu"
+    reason = _library.cuda_error if on_gpu else lmkernels.backends()[request.param]
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -85,6 +92,16 @@ def native(device) -> str:
     reason = lmkernels.backends()["native"]
     if reason is not None:
         pytest.skip(reason)
+    return "native"
+
+
+@pytest.fixture
+def compiled(device, request) -> str:
+    """The same, for what the CUDA C++ kernels promise too."""
+    if device == "cpu":
+        return request.getfixturevalue("native")
+    if _library.cuda_error is not None:
+        pytest.skip(_library.cuda_error)
     return "native"
 
 

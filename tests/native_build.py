@@ -3,6 +3,7 @@
 plain/micro.so: the micro-kernels of tests/micro as a Python module, with the flags of the library
 sanitized/micro.so: the same under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitized/lmkernels/: the package with the library under both sanitizers
+emulated/_C_cuda.so: the CUDA kernels for a CPU, through tests/gpu/emulated/common.cuh
 """
 
 from __future__ import annotations
@@ -149,4 +150,11 @@ def _rules() -> str:
         flags=SANITIZE,
         libraries=[*torch_libraries, "-ltorch", "-ltorch_cpu", "-lc10"],
     )
+    # threads of the emulated GPU jump between stacks, which fortified jumps refuse
+    cuda, emulation = ROOT / "csrc" / "cuda", ROOT / "tests" / "gpu" / "emulated"
+    flags = [*COMMON, "-O2", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", f"-I{emulation}", *torch_includes]
+    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    sources = [(cuda / "attention_decode.cu", ["-x", "c++"]), (cuda / "bindings.cpp", [])]
+    emulated = [edge("compile", f"emulated/{path.stem}.o", [path], flags=[*flags, *x]) for path, x in sources]
+    edge("link", "emulated/_C_cuda.so", emulated, flags=[], libraries=[*torch_libraries, "-ltorch_cpu", "-lc10"])
     return "\n".join(lines) + "\n"

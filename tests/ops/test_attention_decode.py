@@ -14,6 +14,7 @@ from lmkernels.ops.attention_decode.reference import quantise
 from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+NATIVE_ON_CUDA = True
 INTERPRETED = (
     r"plain_torch\[triton-((one key in|short|groups of seven|head size 37|two|pages of 5|rotary|alibi|sink).*-float32|"
     r"(rotary, partial|softcap|window|queries that|everything).*-bfloat16)|nearest.*triton-(short|rotary)\]|"
@@ -215,7 +216,7 @@ def of_kind(case: cases.DecodeCase, kind) -> dict:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind if kind == "int8" else short(kind))
 @pytest.mark.parametrize("page", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("name", ["several shares", "five queries, two new tokens", "groups of three"])
-def test_a_paged_cache_gives_the_bits_of_a_contiguous_one(name, page, kind, native):
+def test_a_paged_cache_gives_the_bits_of_a_contiguous_one(name, page, kind, compiled):
     case = replace(CASE[name], rotary=16)
     contiguous, paged = of_kind(case, kind), of_kind(replace(case, page=page), kind)
     table = paged["block_table"].long()
@@ -226,7 +227,7 @@ def test_a_paged_cache_gives_the_bits_of_a_contiguous_one(name, page, kind, nati
             for j in range(rows.shape[1]):
                 pages[table[:, j // page], j % page] = rows[:, j]
     paged |= {"scale": contiguous["scale"], "block_table": table.int()}
-    contiguous_results, paged_results = decode(native, **contiguous), decode(native, **paged)
+    contiguous_results, paged_results = decode(compiled, **contiguous), decode(compiled, **paged)
     length = contiguous["k_cache"].shape[1]
     assert_same_bits(
         tuple(x[:, :length] if i > 1 else x for i, x in enumerate(written(paged_results, paged))),
@@ -236,15 +237,15 @@ def test_a_paged_cache_gives_the_bits_of_a_contiguous_one(name, page, kind, nati
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind if kind == "int8" else short(kind))
 @pytest.mark.parametrize("name", ["several shares", "a prompt", "eight queries", "everything at once"])
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(name, kind, native):
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(name, kind, compiled):
     arguments = of_kind(CASE[name], kind)
-    together = decode(native, **arguments)
+    together = decode(compiled, **arguments)
     per_sequence = ("q", "kv_lengths", "k_new", "v_new", "block_table")
     if "block_table" not in arguments:
         per_sequence += ("k_cache", "v_cache", "k_scale", "v_scale")
     for b in range(CASE[name].b):
         alone = {key: x[b : b + 1] if key in per_sequence else x for key, x in arguments.items()}
-        out, lse, *_ = decode(native, **alone)
+        out, lse, *_ = decode(compiled, **alone)
         assert torch.equal(out[0], together[0][b]) and torch.equal(lse[0], together[1][b])
 
 
@@ -264,17 +265,17 @@ def test_any_number_of_threads_gives_the_same_bits(kind, native):
 
 
 @pytest.mark.parametrize("name", ["several shares", "five queries, two new tokens", "rotary"])
-def test_one_call_gives_the_bits_of_append_then_attend(name, native):
+def test_one_call_gives_the_bits_of_append_then_attend(name, compiled):
     """Appending without a query first, then attending without new tokens."""
     arguments = CASE[name].make(torch.float32)
-    at_once = decode(native, **arguments)
+    at_once = decode(compiled, **arguments)
     steps = copy.deepcopy(arguments)
     q = steps.pop("q")
-    attention_decode(q[:, :0], **steps, backend=native)
+    attention_decode(q[:, :0], **steps, backend=compiled)
     assert_same_bits(
         (steps["k_cache"].nan_to_num(), steps["v_cache"].nan_to_num()), [x.nan_to_num() for x in at_once[2:]]
     )
     s_new = steps.pop("k_new").shape[1]
     steps.pop("v_new")
     steps["kv_lengths"] = steps["kv_lengths"] + s_new
-    assert_same_bits(decode(native, q=q, **steps)[:2], at_once[:2])
+    assert_same_bits(decode(compiled, q=q, **steps)[:2], at_once[:2])

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lmkernels import attention_decode, rotary
+from lmkernels.ops.attention_decode import native as native_ops
 from lmkernels.ops.attention_decode.reference import quantise
 from lmkernels.testing import cases
 
+NATIVE_ON_CUDA = True
 INTERPRETED = r"(only_the_new_rows.*triton-.*-False|nothing|without_new|counts_as|never_looked|finite|empty|no_pages).*"
 CASE = {case.name: case for case in cases.DECODE}
 EVERYTHING = CASE["everything at once"]
@@ -130,7 +132,7 @@ def test_a_query_that_is_not_finite_spoils_its_own_row_and_no_other(dtype, backe
     assert out[spoilt].isnan().all() and torch.equal(out[~spoilt], clean[~spoilt])
 
 
-def test_lengths_and_pages_out_of_range_are_clamped_by_the_kernels(native):
+def test_lengths_and_pages_out_of_range_are_clamped_by_the_kernels(compiled):
     """The op itself, as torch.compile calls it: results are meaningless, memory is safe."""
     k, v = torch.randn(6, 4, 2, 8), torch.randn(6, 4, 2, 8)
     q, new = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 2, 8)
@@ -138,7 +140,9 @@ def test_lengths_and_pages_out_of_range_are_clamped_by_the_kernels(native):
     cos = torch.randn(3, 4)
     for lengths in (torch.tensor([-5, 2**40, 7]), torch.tensor([2**31 - 1, -(2**31), 3], dtype=torch.int32)):
         for arguments in ((new, new, cos, cos), (None,) * 4):
-            out, _ = op(q, k, v, lengths, *arguments, False, table, 0.3, 0.0, -1, None, None, None, None)
+            out, _ = native_ops.forward(
+                q, k, v, lengths, *arguments, False, table, 0.3, 0.0, -1, None, None, None, None
+            )
             assert out.isfinite().all()
 
 

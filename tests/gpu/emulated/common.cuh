@@ -1,6 +1,6 @@
-// csrc/cuda/common.cuh for a CPU: runs the very kernels, one block after the other, each thread of a block on a stack of
-// its own. A thread runs until it waits: at a barrier, in an exchange of its warp. A copy lands when its group is waited
-// for, and no earlier, so that a wait that is missing shows.
+// csrc/cuda/common.cuh for a CPU: runs the very kernels, one block after the other, each thread of a block on a stack
+// of its own. A thread runs until it waits: at a barrier, in an exchange of its warp. A copy lands when its group is
+// waited for, and no earlier, so that a wait that is missing shows.
 #pragma once
 
 #include <csetjmp>
