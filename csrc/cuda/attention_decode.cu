@@ -450,8 +450,7 @@ __global__ void __launch_bounds__(kThreads, (Tile<T, D>::kBlocks)) attend(const 
       }
   }
 
-  // the teams meet: their accumulators take the place of the copies
-  wait_for_copies<0>();
+  // The teams meet: their accumulators take the place of the copies, of which none is under way.
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {

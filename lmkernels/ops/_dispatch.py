@@ -26,7 +26,7 @@ def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arg
     reasons = []
     for name, module in backends.items():
         reason = module.unsupported(*arguments)
-        if reason is None and isinstance(arguments[0], Tensor):
+        if reason is None and name in ("native", "triton") and isinstance(arguments[0], Tensor):
             if name == "triton" and arguments[0].is_cpu:
                 reason = "runs on the CPU only when it is asked for by name"
             elif name == "native" and arguments[0].is_cuda:
