@@ -50,8 +50,9 @@ struct StepRow {
   int64_t token, position;
   int64_t start;  // the first slot of the cache that it sees; its new token goes to slot `length`
   int64_t length;
-  DecodeSequence keys;  // of the slots from `start` on
-  int64_t first_task;   // of its attention
+  DecodeSequence keys;   // of the slots from `start` on
+  const int32_t* pages;  // slot j is slot j % page_size of page pages[j / page_size]; null: of cache row r
+  int64_t first_task;    // of its attention
 };
 
 struct DecodeStepArgs {
@@ -66,7 +67,8 @@ struct DecodeStepArgs {
   const float *cos, *sin;  // (:, half_rotary), contiguous, or null
   int64_t half_rotary;
   bool interleaved;
-  int64_t cache_row, cache_head, cache_token;  // strides of every k and v, in bytes
+  int64_t cache_row, cache_head, cache_token;  // strides of every k and v, in bytes; cache_row is that of a page
+  int64_t page_size, num_pages;                // where rows have pages
   const StepRow* row;                          // (rows,)
   const StepLayer* layer;                      // (layers,)
   const float *norm_weight, *norm_bias;

@@ -95,10 +95,10 @@ struct StepReader {
 
 // The logits (rows, vocab), float32, of one token more of each sequence; appends its key and value to caches.
 Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Tensor& starts, const Tensor& lengths,
-                   std::vector<Tensor> caches, std::vector<Tensor> weights, const Tensor& vectors,
-                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t vocab, int64_t d_model, int64_t d_ff,
-                   int64_t heads, double eps, bool rms, int64_t activation, bool gated, double scale,
-                   bool scale_by_layer, bool interleaved) {
+                   std::vector<Tensor> caches, const OptionalTensor& block_table, std::vector<Tensor> weights,
+                   const Tensor& vectors, const OptionalTensor& cos, const OptionalTensor& sin, int64_t vocab,
+                   int64_t d_model, int64_t d_ff, int64_t heads, double eps, bool rms, int64_t activation, bool gated,
+                   double scale, bool scale_by_layer, bool interleaved) {
   lmk::DecodeStepArgs a{};
   STD_TORCH_CHECK(!caches.empty() && weights.size() > 2, "caches and weights must not be empty");
   for (const Tensor* x : {&token_ids, &position_ids, &starts, &lengths})
@@ -130,12 +130,22 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   }
 
   for (const Tensor& x : caches)
-    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 5 && x.size(0) == 2 && x.size(1) >= a.rows && x.size(4) == cache.size(4) &&
-                        x.size(2) == cache.size(2) && x.size(3) == cache.size(3) && dtype_of(x) == a.dtype &&
-                        (x.stride(4) == 1 || x.size(4) == 1) && x.stride(1) == cache.stride(1) &&
-                        x.stride(2) == cache.stride(2) && x.stride(3) == cache.stride(3),
-                    "caches must be (2, rows, h_kv, capacity, d) alike");
-  const int64_t size = lmk::element_size(a.dtype), capacity = cache.size(3);
+    STD_TORCH_CHECK(
+        x.is_cpu() && x.dim() == 5 && x.size(0) == 2 && (block_table || x.size(1) >= a.rows) &&
+            x.size(4) == cache.size(4) && x.size(2) == cache.size(2) && x.size(3) == cache.size(3) &&
+            dtype_of(x) == a.dtype && (x.stride(4) == 1 || x.size(4) == 1) && x.stride(1) == cache.stride(1) &&
+            x.stride(2) == cache.stride(2) && x.stride(3) == cache.stride(3),
+        "caches must be (2, rows, h_kv, capacity, d), or with a block_table (2, num_blocks, h_kv, block_size, d), "
+        "alike");
+  const int64_t size = lmk::element_size(a.dtype);
+  int64_t capacity = cache.size(3);
+  if (block_table) {
+    STD_TORCH_CHECK(block_table->is_cpu() && block_table->dim() == 2 && block_table->scalar_type() == ScalarType::Int &&
+                        block_table->size(0) == a.rows && block_table->is_contiguous(),
+                    "block_table must be contiguous int32 (rows, max_blocks)");
+    a.page_size = cache.size(3), a.num_pages = cache.size(1);
+    capacity = a.page_size * block_table->size(1);
+  }
   a.heads_kv = cache.size(2), a.head_dim = cache.size(4);
   a.cache_row = cache.stride(1) * size, a.cache_head = cache.stride(2) * size, a.cache_token = cache.stride(3) * size;
   STD_TORCH_CHECK(a.head_dim >= 1 && a.head_dim <= 256 && a.heads_kv >= 1 && heads % a.heads_kv == 0 && heads >= 1 &&
@@ -175,6 +185,13 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
     row.first_task = attention_tasks;
     attention_tasks += row.keys.shares * a.heads_kv;
     keys += row.keys.total;
+    if (!block_table) continue;
+    if (row.start != 0) throw std::invalid_argument("starts must be 0 with a block_table");
+    row.pages = static_cast<const int32_t*>(block_table->const_data_ptr()) + r * block_table->size(1);
+    for (int64_t page = 0; page <= row.length / a.page_size; ++page)
+      if (row.pages[page] < 0 || row.pages[page] >= a.num_pages)
+        throw std::invalid_argument("block_table must lie between 0 and " + std::to_string(a.num_pages - 1) +
+                                    ", got values from " + std::to_string(row.pages[page]));
   }
   a.row = rows.data();
 

@@ -78,7 +78,7 @@ inline CacheType cache_type(DType dtype) { return static_cast<CacheType>(static_
 // What the attention of one row has in common with that of the others. `staged`: q, k and v of the row, in dtype.
 DecodeArgs attention_args(const DecodeStepArgs& a, const StepLayer& layer, const StepRow& row, void* staged) {
   const int64_t size = element_size(a.dtype), head = a.head_dim * size, r = &row - a.row;
-  const int64_t cached = r * a.cache_row + row.start * a.cache_token;
+  const int64_t cached = row.pages ? 0 : r * a.cache_row + row.start * a.cache_token;
   char* q = static_cast<char*>(staged);
   DecodeArgs d{};
   d.dtype = a.dtype;
@@ -89,8 +89,9 @@ DecodeArgs attention_args(const DecodeStepArgs& a, const StepLayer& layer, const
   d.q = {q, 0, 0, head};
   d.k_new = {q + a.heads * head, 0, 0, head};
   d.v_new = {q + (a.heads + a.heads_kv) * head, 0, 0, head};
-  d.k = {layer.k + cached, 0, a.cache_token, a.cache_head};
-  d.v = {layer.v + cached, 0, a.cache_token, a.cache_head};
+  d.k = {layer.k + cached, a.cache_row, a.cache_token, a.cache_head};
+  d.v = {layer.v + cached, a.cache_row, a.cache_token, a.cache_head};
+  d.block_table = row.pages, d.block_size = a.page_size, d.num_blocks = a.num_pages;
   d.scale = layer.scale;
   d.left = -1;
   d.out = static_cast<char*>(a.attended) + r * a.heads * head;
@@ -392,7 +393,8 @@ Ahead memory_of(const DecodeStepArgs& a, int64_t stage, int64_t task) {
       const StepRow& row = row_of_task(a, task);
       const int64_t index = task - row.first_task, r = &row - a.row;
       const int64_t at = row.start + index / a.heads_kv * row.keys.share;
-      return {layer.k + r * a.cache_row + index % a.heads_kv * a.cache_head + at * a.cache_token,
+      const int64_t outer = row.pages ? row.pages[at / a.page_size] : r, slot = row.pages ? at % a.page_size : at;
+      return {layer.k + outer * a.cache_row + index % a.heads_kv * a.cache_head + slot * a.cache_token,
               a.head_dim * element_size(a.dtype), a.cache_token};
     }
     case StepPart::project:

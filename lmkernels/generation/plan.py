@@ -63,6 +63,11 @@ class Plan:
     def logits_of(self, decoder: Decoder, ids: torch.Tensor, count: int = 1) -> torch.Tensor:
         """The decoder's logits (rows, count, vocab). Raises FloatingPointError if they are not finite."""
         logits = decoder.logits(ids, count)
+        self.check(logits)
+        return logits
+
+    def check(self, logits: torch.Tensor) -> None:
+        """Raises FloatingPointError if logits (rows, count, vocab) are not finite."""
         # one pass over memory: a sum has NaN or infinity when a term has
         if not self.settings.remove_invalid_values and not logits.sum().isfinite():
             row = int((~logits.isfinite()).flatten(1).any(1).nonzero()[0])
@@ -70,7 +75,6 @@ class Plan:
                 f"the model's logits hold NaN or infinity in row {row}: its weights are broken, or too large for its "
                 "dtype (float16 ends at 65504; bfloat16 and float32 reach further)"
             )
-        return logits
 
     def record(self, scores: torch.Tensor, logits: torch.Tensor) -> None:
         """Keeps the scores (rows, vocab) and logits of one step if the caller wants them."""

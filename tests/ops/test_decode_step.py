@@ -113,7 +113,9 @@ def test_as_accurate_as_plain_torch(case, dtype, backend):
 
 
 def test_on_other_isa(rerun_on_isa):
-    rerun_on_isa(__file__, "test_as_accurate_as_plain_torch and native or test_threads or test_batch")
+    rerun_on_isa(
+        __file__, "test_as_accurate_as_plain_torch and native or test_threads or test_batch or test_pages and native"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
@@ -154,6 +156,66 @@ def test_padding_and_the_capacity_of_the_cache_change_nothing():
     padded = [F.pad(cache, (0, 0, 9, 20), value=torch.nan) for cache in arguments["caches"]]
     moved = {"starts": arguments["starts"] + 9, "lengths": arguments["lengths"] + 9, "caches": padded}
     assert torch.equal(step(**arguments | moved)[0], expected)
+
+
+def paged(arguments: dict, size: int) -> dict:
+    """The same sequences, without their padding, in pages that lie in any order; what they do not hold is NaN."""
+    starts, lengths = arguments["starts"], arguments["lengths"] - arguments["starts"]
+    blocks = int(lengths.max()) // size + 1
+    table = torch.randperm(lengths.numel() * blocks + 3, generator=torch.Generator().manual_seed(0))
+    table = table[: lengths.numel() * blocks].view(-1, blocks)
+    caches = []
+    for cache in arguments["caches"]:
+        pages = cache.new_full((2, int(table.max()) + 1, cache.shape[2], size, cache.shape[4]), torch.nan)
+        for r, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            slots = torch.arange(length)
+            pages[:, table[r, slots // size], :, slots % size] = cache[:, r, :, start : start + length].permute(
+                2, 0, 1, 3
+            )
+        caches.append(pages)
+    unused = torch.arange(blocks) > lengths[:, None] // size
+    table = table.masked_fill(unused, 10**6)
+    return arguments | {"starts": torch.zeros_like(starts), "lengths": lengths, "caches": caches, "block_table": table}
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", ["7 rows, padded", "16 rows, ragged", "many keys, in shares", "as Llama", "int4"])
+def test_pages_do_not_change_the_bits(name, dtype, size, backend):
+    arguments = CASE[name].make(dtype)
+    in_pages = paged(arguments, size)
+    expected, caches = step(backend, **arguments)
+    logits, pages = step(backend, **in_pages)
+    if backend == "native":
+        assert torch.equal(logits, expected)
+    else:  # plain torch sums over all slots at once, and here there are others
+        torch.testing.assert_close(logits, expected)
+    moved = paged(arguments | {"caches": caches, "lengths": arguments["lengths"] + 1}, size)["caches"]
+    for page, wanted in zip(pages, moved, strict=True):
+        if page.shape == wanted.shape:
+            torch.testing.assert_close(page, wanted.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"block_table": torch.tensor([[3, 0]])}, ValueError, "block_table must lie between 0 and 2, got values from"),
+        ({"block_table": torch.tensor([[-1, 0]])}, ValueError, "block_table must lie between 0 and 2, got values from"),
+        ({"block_table": torch.tensor([[0.0, 1.0]])}, TypeError, "block_table must be int32 or int64"),
+        ({"block_table": torch.tensor([0, 1])}, ValueError, r"block_table must be \(1, 0\), got \(2,\)"),
+        ({"block_table": torch.tensor([[0, 1]] * 2)}, ValueError, r"block_table must be \(1, 2\), got \(2, 2\)"),
+        ({"lengths": torch.tensor([16])}, ValueError, "lengths must lie between 0 and 15"),
+        ({"starts": torch.tensor([1])}, ValueError, "starts must be 0 with a block_table"),
+        ({"caches": [torch.zeros(2, 3, 3, 0, 16)] * 2}, ValueError, "a page of caches must hold a token or more"),
+    ],
+)
+def test_bad_pages_are_named_errors(change, error, message, backend):
+    arguments = CASE["one row"].make(torch.float32)
+    arguments |= {"starts": torch.tensor([0]), "lengths": torch.tensor([9]), "block_table": torch.tensor([[2, 0]])}
+    arguments["caches"] = [torch.zeros(2, 3, 3, 8, 16)] * 2
+    assert step(backend, **arguments)[0].isfinite().all()
+    with pytest.raises(error, match=message):
+        decode_step(**arguments | change, backend=backend)
 
 
 def test_more_threads_of_the_caller_at_once():
@@ -213,7 +275,7 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.lmkernels.decode_step.default,
             (
-                *(arguments[k] for k in ROWS), caches, weights, vectors, *model.tables, *model.tokens.shape,
+                *(arguments[k] for k in ROWS), caches, None, weights, vectors, *model.tables, *model.tokens.shape,
                 model.layers[0].up.shape[0], model.heads, model.eps, model.rms, 2, model.gated, model.scale, False,
                 False,
             ),

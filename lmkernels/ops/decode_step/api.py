@@ -158,6 +158,7 @@ def decode_step(
     caches: list[Tensor],
     model: StepModel,
     *,
+    block_table: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The logits (rows, vocab), float32, after one token more of each sequence; all of the model in one call.
@@ -166,12 +167,16 @@ def decode_step(
     lengths: (rows,)                          int64; slots of the cache that are taken: the token's key and value go to
                                               the next one, in place
     starts: (rows,)                           int64; the first slot that a sequence sees, after its padding
-    caches: per layer (2, b, h_kv, capacity, d)  keys and values in the dtype of the weights, b at least rows
+    caches: per layer (2, b, h_kv, capacity, d)  keys and values in the dtype of the weights, b at least rows; paged:
+                                              (2, num_blocks, h_kv, block_size, d)
+    block_table: (rows, max_blocks)           int32 or int64: slot j of a sequence is slot j % block_size of page
+                                              block_table[row, j // block_size]; starts are 0 then. A page that is
+                                              written must belong to one sequence
     backend: "native" or "reference"; None takes the first that can run this.
 
     Inference only. Sums are float32, of weights in their dtype; x is rounded to bfloat16 where these are, and to 16-bit
     integers where these are quantised (`quantize_weight`). A row has the same bits in any batch of up to 16 rows, on
-    any number of threads.
+    any number of threads, in a paged cache and in a contiguous one.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """
@@ -188,10 +193,16 @@ def decode_step(
         check_floating(f"caches[{i}]", cache)
         check_device(f"caches[{i}]", cache, "caches[0]", caches[0])
         fits = cache.dim() == 5 and all(want in (None, have) for want, have in zip(shape, cache.shape, strict=True))
-        if not fits or cache.shape[1] < token_ids.numel() or cache.shape != caches[0].shape:
+        rows = token_ids.numel() if block_table is None else 0
+        if not fits or cache.shape[1] < rows or cache.shape != caches[0].shape:
             raise ValueError(
-                f"caches must be (2, b, h_kv, capacity, d) with b >= {token_ids.numel()}, h_kv = {model.heads_kv}, "
+                f"caches must be (2, b, h_kv, capacity, d) with b >= {rows}, h_kv = {model.heads_kv}, "
                 f"d = {model.head_dim}, all alike, got {tuple(cache.shape)}"
             )
+    if block_table is not None:
+        blocks = block_table.shape[1] if isinstance(block_table, Tensor) and block_table.dim() == 2 else 0
+        check_indices("block_table", block_table, ((token_ids.numel(), blocks),), "caches[0]", caches[0])
+        if caches[0].shape[3] == 0:
+            raise ValueError(f"a page of caches must hold a token or more, got {tuple(caches[0].shape)}")
     module = _dispatch.choose("decode_step", BACKENDS, backend, model, caches)
-    return module.forward(token_ids, position_ids, starts, lengths, caches, model)
+    return module.forward(token_ids, position_ids, starts, lengths, caches, model, block_table)

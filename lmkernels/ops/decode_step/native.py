@@ -17,14 +17,15 @@ MAX_HEAD_DIM, MAX_GROUP = 256, 64
 # where there is one, and down; then the last norm and its bias. Biases that a model lacks are zeros.
 _library.LIBRARY.define(
     "decode_step(Tensor token_ids, Tensor position_ids, Tensor starts, Tensor lengths, Tensor(a!)[] caches, "
-    "Tensor[] weights, Tensor vectors, Tensor? cos, Tensor? sin, SymInt vocab, SymInt d_model, SymInt d_ff, int heads, "
-    "float eps, bool rms, int activation, bool gated, float scale, bool scale_by_layer, bool interleaved) -> Tensor"
+    "Tensor? block_table, Tensor[] weights, Tensor vectors, Tensor? cos, Tensor? sin, SymInt vocab, SymInt d_model, "
+    "SymInt d_ff, int heads, float eps, bool rms, int activation, bool gated, float scale, bool scale_by_layer, "
+    "bool interleaved) -> Tensor"
 )
 _step = torch.ops.lmkernels.decode_step.default
 
 
 @torch.library.register_fake("lmkernels::decode_step", lib=_library.LIBRARY)
-def _(token_ids, position_ids, starts, lengths, caches, weights, vectors, cos, sin, vocab, *rest):
+def _(token_ids, position_ids, starts, lengths, caches, block_table, weights, vectors, cos, sin, vocab, *rest):
     return vectors.new_empty(token_ids.shape[0], vocab)
 
 
@@ -79,7 +80,13 @@ def unsupported(model, caches: list[Tensor]) -> str | None:
 
 
 def forward(
-    token_ids: Tensor, position_ids: Tensor, starts: Tensor, lengths: Tensor, caches: list[Tensor], model
+    token_ids: Tensor,
+    position_ids: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    caches: list[Tensor],
+    model,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """logits (rows, vocab)"""
     weights, vectors = model.packed
@@ -89,6 +96,7 @@ def forward(
         starts.contiguous(),
         lengths.contiguous(),
         caches,
+        None if block_table is None else block_table.to(torch.int32).contiguous(),
         weights,
         vectors,
         *model.tables,

@@ -16,17 +16,27 @@ def unsupported(model, caches: list[Tensor]) -> str | None:
 
 
 def forward(
-    token_ids: Tensor, position_ids: Tensor, starts: Tensor, lengths: Tensor, caches: list[Tensor], model
+    token_ids: Tensor,
+    position_ids: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    caches: list[Tensor],
+    model,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """The logits (rows, vocab); arguments as `decode_step` after its checks."""
     check_range("token_ids", token_ids, model.tokens.shape[0])
     limits = [table.shape[0] for table in (model.positions, model.cos) if table is not None]
     if limits:
         check_range("position_ids", position_ids, min(limits))
-    check_range("lengths", lengths, caches[0].shape[3])
-    check_range("starts", starts, caches[0].shape[3])
+    page_size = caches[0].shape[3]
+    capacity = page_size if block_table is None else page_size * block_table.shape[1]
+    check_range("lengths", lengths, capacity)
+    check_range("starts", starts, capacity)
     if position_ids.is_cpu and bool((starts > lengths).any()):
         raise ValueError(f"starts must not lie beyond lengths, got {starts.tolist()} and {lengths.tolist()}")
+    if block_table is not None:
+        check_blocks(block_table, starts, lengths, caches[0])
     rows, d, h, h_kv = token_ids.shape[0], model.head_dim, model.heads, model.heads_kv
     acc = torch.promote_types(caches[0].dtype, torch.float32)
     each = torch.arange(rows, device=token_ids.device)
@@ -47,7 +57,16 @@ def forward(
             return x
         return rotary.forward(x[:, None], model.cos, model.sin, position_ids[:, None], model.interleaved)[:, 0]
 
-    slots = torch.arange(caches[0].shape[3], device=token_ids.device)
+    def sequences(part: Tensor) -> Tensor:  # keys or values (rows, h_kv, capacity, d)
+        if block_table is None:
+            return part[:rows]
+        blocks = block_table.long().clamp(0, part.shape[0] - 1)  # entries beyond a sequence's end may be anything
+        return part[blocks].transpose(1, 2).flatten(2, 3)
+
+    outer, slot = each, lengths
+    if block_table is not None:
+        outer, slot = block_table.long()[each, lengths // page_size], lengths % page_size
+    slots = torch.arange(capacity, device=token_ids.device)
     seen = (slots >= starts[:, None]) & (slots <= lengths[:, None])  # (rows, capacity)
     x = dense(model.tokens)[token_ids]  # (rows, d_model)
     if model.positions is not None:
@@ -55,9 +74,11 @@ def forward(
     for i, (layer, cache) in enumerate(zip(model.layers, caches, strict=True)):
         qkv = linear(norm(x, layer.norm1, layer.norm1_bias), layer.qkv, layer.qkv_bias)
         q, k, v = qkv.view(rows, h + 2 * h_kv, d).split((h, h_kv, h_kv), 1)
-        cache[0, each, :, lengths] = rotated(k).to(cache.dtype)
-        cache[1, each, :, lengths] = v.to(cache.dtype)
-        keys, values = (part[:rows].to(acc).repeat_interleave(h // h_kv, 1) for part in cache)  # (rows, h, capacity, d)
+        cache[0, outer, :, slot] = rotated(k).to(cache.dtype)
+        cache[1, outer, :, slot] = v.to(cache.dtype)
+        keys, values = (
+            sequences(part).to(acc).repeat_interleave(h // h_kv, 1) for part in cache
+        )  # (rows, h, capacity, d)
         # what nobody sees may never have been written, and 0 * NaN is NaN
         values = values.masked_fill(~seen[:, None, :, None], 0.0)
         scale = model.scale / (i + 1) if model.scale_by_layer else model.scale
@@ -73,3 +94,13 @@ def forward(
             hidden = activation(linear(y, layer.gate, layer.gate_bias)) * up
         x = x + linear(hidden, layer.down, layer.down_bias)
     return linear(norm(x, model.norm, model.norm_bias), model.head, None).to(torch.promote_types(acc, torch.float32))
+
+
+def check_blocks(block_table: Tensor, starts: Tensor, lengths: Tensor, cache: Tensor) -> None:
+    """Raises unless the pages that hold tokens, and the one that is written, are pages of the cache."""
+    if not starts.is_cpu:
+        return
+    if bool(starts.any()):
+        raise ValueError(f"starts must be 0 with a block_table, got {starts.tolist()}")
+    used = torch.arange(block_table.shape[1]) <= (lengths // cache.shape[3])[:, None]
+    check_range("block_table", block_table[used], cache.shape[1])
