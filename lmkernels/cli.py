@@ -1,4 +1,4 @@
-"""The command line: lmkernels doctor | pretrain | finetune | evaluate | generate | bench."""
+"""The command line: lmkernels doctor | pretrain | finetune | evaluate | generate | serve | bench."""
 
 import argparse
 import importlib.util
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments)
     except BAD_INPUT as error:
         return fail(error, 2)
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, ImportError) as error:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add_finetune(commands)
     add_evaluate(commands)
     add_generate(commands)
+    add_serve(commands)
     add_bench(commands)
     return top
 
@@ -375,6 +376,61 @@ def stats_text(stats: dict) -> str:
         f"{stats['tokens']} tokens in {stats['seconds']:.2f} s, {stats['tokens_per_second']} tokens/s{apart}, "
         f"{stats['weight_bytes'] / 1e6:,.0f} MB of weights, at most {stats['peak_bytes'] / 1e6:,.0f} MB in use"
     )
+
+
+def add_serve(commands) -> None:
+    command = add_command(
+        commands,
+        "serve",
+        serve,
+        "serve a model over HTTP, as OpenAI's /v1/completions",
+        epilog="Requests are answered together, each as if it were alone. Ctrl-C lets them finish for a few seconds.",
+    )
+    command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or a folder of pretrain")
+    command.add_argument("--name", help="of the model, for clients; default: the name of the folder")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    command.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0: one that is free")
+    command.add_argument("--max-rows", type=int, default=16, metavar="N", help="texts written at once (default 16)")
+    command.add_argument("--queue", type=int, default=256, metavar="N", help="texts that may wait (default 256)")
+    command.add_argument("--max-tokens", type=int, metavar="N", help="per text; default: what the context leaves")
+    command.add_argument("--memory", type=int, metavar="MB", help="for keys and values; default: max-rows contexts")
+    command.add_argument("--max-body", type=int, default=2**20, metavar="N", help="bytes of a request (default 1 MiB)")
+    command.add_argument("--grace", type=float, default=5.0, metavar="S", help="seconds to finish in (default 5)")
+    command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
+    command.add_argument("--quantize", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
+    command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+
+
+def serve(arguments) -> int:
+    import torch
+
+    from . import serve as server
+    from .generation import Engine
+    from .models import GPT2LMHeadModel
+    from .training.checkpoint import find, load_tokenizer
+
+    for name in ("threads", "max_tokens", "memory", "max_body"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{option_name(name)} must be at least 1, got {value}")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    folder = find(arguments.model)
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=arguments.dtype, quantize=arguments.quantize)
+    memory = None if arguments.memory is None else arguments.memory * 10**6
+    engine = Engine(model, max_rows=arguments.max_rows, max_queue=arguments.queue, memory=memory)
+    server.serve(
+        engine,
+        load_tokenizer(folder),
+        name=arguments.name or folder.resolve().name,
+        host=arguments.host,
+        port=arguments.port,
+        grace=arguments.grace,
+        max_tokens=arguments.max_tokens,
+        max_body=arguments.max_body,
+        say=lambda text: print(text, flush=True),
+    )
+    return 0
 
 
 def add_bench(commands) -> None:

@@ -76,9 +76,8 @@ def forward(
         q, k, v = qkv.view(rows, h + 2 * h_kv, d).split((h, h_kv, h_kv), 1)
         cache[0, outer, :, slot] = rotated(k).to(cache.dtype)
         cache[1, outer, :, slot] = v.to(cache.dtype)
-        keys, values = (
-            sequences(part).to(acc).repeat_interleave(h // h_kv, 1) for part in cache
-        )  # (rows, h, capacity, d)
+        # (rows, h, capacity, d)
+        keys, values = (sequences(part).to(acc).repeat_interleave(h // h_kv, 1) for part in cache)
         # what nobody sees may never have been written, and 0 * NaN is NaN
         values = values.masked_fill(~seen[:, None, :, None], 0.0)
         scale = model.scale / (i + 1) if model.scale_by_layer else model.scale
