@@ -266,7 +266,6 @@ class Job:
             "model": service.name,
         }
         self.choices: list[Choice] = []
-        service.jobs.add(self)
         try:
             for prompt in prompts:
                 for _ in range(completion.n):
@@ -299,7 +298,6 @@ class Job:
         for choice in self.choices:
             choice.request.cancel()
             self.service.job_of.pop(choice.request, None)
-        self.service.jobs.discard(self)
 
     async def pieces(self) -> AsyncIterator[tuple[Choice, str, dict | None]]:
         """The texts as they come; a choice's last piece comes with its finish_reason."""
@@ -393,7 +391,6 @@ class Service:
         self.engine, self.tokenizer, self.name, self.max_body = engine, tokenizer, name, max_body
         self.positions = engine.model.config.n_positions
         self.max_tokens = self.positions if max_tokens is None else max_tokens
-        self.jobs: set[Job] = set()
         self.job_of: dict[EngineRequest, Job] = {}
         self.work = threading.Event()
         self.closing = False  # nothing new is taken

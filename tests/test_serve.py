@@ -347,8 +347,7 @@ def test_a_client_that_leaves_frees_its_pages(model, stream):
         until(lambda: running.engine.running and running.engine.waiting)
         for client in clients:
             client.close()
-        until(lambda: all_free(running.engine), 2.0)
-        assert not running.service.jobs and not running.service.job_of
+        until(lambda: all_free(running.engine) and not running.service.job_of, 2.0)
         assert running.post(prompt="a", max_tokens=2).status_code == 200
 
 
@@ -369,8 +368,7 @@ def test_a_flood_is_refused_and_what_was_taken_is_answered(model):
         assert len(answers) == 40 and {answer.status_code for answer in answers} == {200, 429}
         for answer in refused:
             assert answer.json()["error"]["code"] == "queue_full" and answer.headers["retry-after"] == "1"
-        until(lambda: all_free(running.engine))
-        assert not running.service.job_of
+        until(lambda: all_free(running.engine) and not running.service.job_of)
         too_many = running.post(prompt="ab", n=9)
         assert too_many.status_code == 429, "of which none may be left behind"
         until(lambda: all_free(running.engine))

@@ -13,6 +13,7 @@ from .loop import as_list, plan_for
 from .pages import Pages, SequenceCache
 from .plan import Plan, process
 from .search import next_tokens
+from .stopping import EndToken
 
 
 class QueueFull(RuntimeError):
@@ -38,6 +39,8 @@ class Request:
         self.logprobs: list[tuple[float, dict[int, float]]] = []
         self.cancelled = False
         self.processors = plan.processors(plan.padding)
+        self.is_greedy = not self.processors and not plan.settings.do_sample
+        self.ends_by_token = all(isinstance(criterion, EndToken) for criterion in plan.criteria)
         self.ids = plan.ids.new_zeros(1, plan.total)  # prompt and new tokens
         self.ids[:, : plan.prompt] = plan.ids
         # a prompt that is read in a pass of a few rows gets other bits than as the begin of a longer one
@@ -258,7 +261,7 @@ class Engine:
                 changed.append(request)
                 continue
             if count == left:
-                self._choose(request, logits)
+                self._choose([request], logits)
                 if not request.done:
                     self.reading = None
                     self.running.append(request)
@@ -306,22 +309,30 @@ class Engine:
             for request in requests:
                 self._end(request, "error", error)
             return requests
-        for request, row in zip(requests, logits.float().split(1), strict=True):
-            self._choose(request, row)
+        self._choose(requests, logits.float())
         return requests
 
-    def _choose(self, request: Request, logits: torch.Tensor) -> None:
-        """Appends the token that the logits (1, vocab) choose. What goes wrong here ends this request alone."""
-        plan, length = request.plan, request.length
-        try:
-            plan.check(logits[:, None])
+    def _choose(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """Appends to each request the token that its row of logits (rows, vocab) chooses.
+
+        What goes wrong ends the request that it is about.
+        """
+        finite, best = logits.sum(-1).isfinite().tolist(), logits.max(-1).indices.tolist()
+        for request, row, is_finite, token in zip(requests, logits.split(1), finite, best, strict=True):
+            try:
+                if not is_finite:
+                    request.plan.check(row[:, None])
+                self._append(request, row, token)
+            except Exception as error:
+                self._end(request, "error", error)
+
+    def _append(self, request: Request, logits: torch.Tensor, best: int) -> None:
+        plan, length, token = request.plan, request.length, best
+        if not request.is_greedy:
             scores = process(request.processors, request.ids[:, :length], logits)
             token = int(next_tokens(plan, scores, torch.zeros(1, dtype=torch.long), 1))
-            request.ids[0, length] = token
-            ended = bool(plan.finished(request.ids[:, : length + 1]))
-        except Exception as error:
-            self._end(request, "error", error)
-            return
+        request.ids[0, length] = token
+        ended = token in plan.ends if request.ends_by_token else bool(plan.finished(request.ids[:, : length + 1]))
         if request.top is not None:
             request.logprobs.append(log_probabilities(logits[0], token, request.top))
         request.tokens.append(token)
