@@ -110,6 +110,22 @@ def test_logits_are_the_same_bits_whatever_else_runs(any_model):
             assert all(map(torch.equal, seen, expected)) and all(map(torch.equal, seen, written))
 
 
+def test_a_prompt_of_a_few_tokens_lends_no_pages(long_model):
+    """It is read in a pass of a few rows, whose bits are others."""
+    prompt = prompts(1)[0][:40]
+    engine, options = Engine(long_model, page_size=8), {"max_new_tokens": 3, "eos_token_id": [], "logprobs": 9}
+    alone = engine.add(prompt, **options)
+    run(engine)
+    engine = Engine(long_model, page_size=8)
+    short = engine.add(prompt[:16], **options)
+    engine.step()
+    after = engine.add(prompt, **options)
+    engine.step()
+    assert not set(after.pages) & set(short.pages)
+    run(engine)
+    assert after.logprobs == alone.logprobs
+
+
 def test_tokens_come_as_they_are_written(long_model):
     engine = Engine(long_model)
     first = engine.add([1, 2, 3], max_new_tokens=9, eos_token_id=[])
