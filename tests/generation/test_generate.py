@@ -117,9 +117,10 @@ def test_top_p_of_equal_scores_keeps_no_more_than_it_needs():
     assert int(processors.top_p(None, torch.zeros(1, 8), 0.5).isfinite().sum()) == 4
 
 
-def test_draw_is_multinomials(monkeypatch):
-    probabilities = (3 * torch.randn(5, 3000)).softmax(-1)
-    probabilities[:, ::3] = 0
+@pytest.mark.parametrize(("spread", "kept"), [(3, 2000), (15, 3000), (0.1, 3000), (3, 90)])
+def test_draw_is_multinomials(spread, kept, monkeypatch):
+    probabilities = (spread * torch.randn(5, 3000)).softmax(-1)
+    probabilities[:, torch.randperm(3000)[kept:]] = 0
     rows = torch.arange(5)
     for _fast in (True, False):
         for seed in range(20):
