@@ -63,7 +63,7 @@ triton_error: str | None = _find_triton()
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the CPU kernels: generic, avx2, avx512 or avx512bf16; None without the library.
+    """The instruction set of the CPU kernels: generic, avx2, avx512, avx512bf16 or amx; None without the library.
 
     The best that this CPU has, unless LMKERNELS_CPU_ISA names another; one that does not exist, or that this
     CPU lacks, is a ValueError here and in every op that would have used it.

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.main(["doctor"])
 
     heading("Training a GPT on the source of Python's standard library (lmkernels pretrain)")
-    dtype = "bfloat16" if _library.cpu_isa() == "avx512bf16" or torch.cuda.is_available() else "float32"
+    dtype = "bfloat16" if _library.cpu_isa() in ("avx512bf16", "amx") or torch.cuda.is_available() else "float32"
     options = OPTIONS | {"minutes": arguments.minutes, "dtype": dtype}
     flags = [text for name, value in options.items() for text in (cli.option_name(name), str(value))]
     if code := cli.main(["pretrain", "--out", str(run), *flags]):

@@ -17,7 +17,7 @@ import torch
 import lmkernels
 from lmkernels import _library
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")  # each has all that the ones before it have
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each has all that the ones before it have
 
 
 def pytest_addoption(parser):

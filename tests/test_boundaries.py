@@ -67,7 +67,7 @@ def disassembly():
 
 def isa_of(function):
     """The instruction set in whose namespace a function lives; what is in none must run on every CPU."""
-    match = re.search(r"\blmk::(generic|avx2|avx512|avx512bf16)::", function)
+    match = re.search(r"\blmk::(generic|avx2|avx512bf16|avx512|amx)::", function)
     return match[1] if match else "generic"
 
 
@@ -92,7 +92,8 @@ def test_avx_stays_in_its_namespace():
         "generic": lambda mnemonic, operands: not is_avx(mnemonic, operands),
         "avx2": lambda mnemonic, operands: not is_avx512(mnemonic, operands),
         "avx512": lambda mnemonic, operands: mnemonic != "vdpbf16ps",
-        "avx512bf16": lambda mnemonic, operands: True,
+        "avx512bf16": lambda mnemonic, operands: "%tmm" not in operands,
+        "amx": lambda mnemonic, operands: True,
     }
     assert [line for line in disassembly() if not allowed[isa_of(line[0])](*line[1:])] == []
 
@@ -109,6 +110,7 @@ def test_every_isa_uses_what_it_has():
     assert any("%ymm" in operands for _, operands in instructions("avx2"))
     assert any("%zmm" in operands for _, operands in instructions("avx512"))
     assert any(mnemonic == "vdpbf16ps" for mnemonic, _ in instructions("avx512bf16"))
+    assert any(mnemonic == "tdpbf16ps" for mnemonic, _ in instructions("amx"))
 
 
 # --- the Python side

@@ -20,6 +20,10 @@ NEEDS = {
     "avx512bf16": {
         "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16",
     },
+    "amx": {
+        "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16",
+        "amx_tile", "amx_bf16", "amx_int8",
+    },
 }  # fmt: skip
 FLAGS = set(Path("/proc/cpuinfo").read_text().split()) if platform.machine() == "x86_64" else set()
 PRESENT = [isa for isa, flags in NEEDS.items() if flags <= FLAGS]
@@ -61,7 +65,7 @@ def test_best_isa_is_the_default():
 @needs_library
 def test_unknown_isa_is_refused():
     problem = (
-        "LMKERNELS_CPU_ISA must be one of generic, avx2, avx512, avx512bf16 "
+        "LMKERNELS_CPU_ISA must be one of generic, avx2, avx512, avx512bf16, amx "
         f"(this CPU has {', '.join(PRESENT)}), got 'AVX2'"
     )
     assert report("AVX2") == [f"ValueError {problem}", problem]

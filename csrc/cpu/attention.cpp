@@ -6,6 +6,7 @@
 #include <limits>
 
 #define LMK_BODY "attention_body.h"
+#define LMK_BODY_HAS_TILES
 #include "foreach_isa.h"
 
 namespace lmk {

@@ -8,8 +8,12 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-constexpr int64_t kBwdKeys = 192;  // keys of a block: a multiple of kTileRows and of every panel
-constexpr int64_t kBwdRows = 48;   // rows of a block
+constexpr int64_t kBwdKeys = 192;                  // keys of a block: a multiple of kTileRows and of every panel
+constexpr int64_t kBwdRows = LMK_TILES ? 64 : 48;  // rows of a block
+
+// Rows whose scores are made at once.
+template <class M>
+constexpr int64_t kGradRows = kByTiles<M> ? 32 : kTileRows;
 
 // What one block of rows against one block of keys needs, for the gradient of q, k, v and for the bias'.
 template <class M>
@@ -207,14 +211,14 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
   constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>(), kPack = M::kPack;
   Row rows[kBwdRows];
   rows_of(a, head, first_row, n, rows);
-  const Span all = visible_span<M>(rows, n, j0, round_up(block, kLanes));
+  const Span all = visible_span<M>(rows, n, j0, round_up(block, kColumnUnit<M>));
   if (all.empty()) return;
   grad_rows<M>(a, head, w, rows, n);
   T* dq = w.dq + first_row * w.q_wide;
-  for (int64_t r0 = 0; r0 < n; r0 += kTileRows) {
-    const int64_t count = n - r0 < kTileRows ? n - r0 : kTileRows;
+  for (int64_t r0 = 0; r0 < n; r0 += kGradRows<M>) {
+    const int64_t count = n - r0 < kGradRows<M> ? n - r0 : kGradRows<M>;
     for (int64_t r = 0; r < count; ++r) ahead.step(a);
-    Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kLanes));
+    Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kColumnUnit<M>));
     if (span.empty()) span = {all.begin, all.begin};
     if (!span.empty())
       grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, ddistance,
@@ -250,7 +254,15 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
     for (int64_t r = 0; r < n; ++r) sources[r] = query_row(a, a.dout, head, rows[r]);
     pack_depth<M>(a.dtype, sources, n, a.head_dim_v, w.dout_depth, w.v_wide);
   }
-  const int64_t depth = (n + kPack - 1) / kPack, keys = all.end - all.begin;
+  int64_t depth = (n + kPack - 1) / kPack;
+  const int64_t keys = all.end - all.begin;
+  if constexpr (kByTiles<M>)  // whole tiles of the depth
+    for (; depth % kTileSide != 0; ++depth) {
+      memset(w.p_depth + depth * kBwdKeys, 0, kBwdKeys * sizeof(w.p_depth[0]));
+      memset(w.ds_depth + depth * kBwdKeys, 0, kBwdKeys * sizeof(w.ds_depth[0]));
+      memset(w.q_depth + depth * w.q_wide, 0, size_t(w.q_wide) * sizeof(w.q_depth[0]));
+      memset(w.dout_depth + depth * w.v_wide, 0, size_t(w.v_wide) * sizeof(w.dout_depth[0]));
+    }
   gemm<M, Start::add>({w.p_depth + all.begin, 1, kBwdKeys, w.dout_depth, w.v_wide, kPanel, w.dv + all.begin * w.v_wide,
                        w.v_wide, depth, nullptr},
                       keys, w.v_wide / kLanes);
@@ -328,7 +340,7 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
       grad_keys<M>(a, head, w, j0, block, sources);
       pack_depth<M>(a.dtype, sources, block, a.head_dim, w.k_rows, w.q_wide);
       const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
-      for (int64_t i = packed; i < round_up(block, M::V::kLanes) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
+      for (int64_t i = packed; i < round_up(block, kColumnUnit<M>) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
       for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
         bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes,
                      ddistance, ahead);
@@ -409,7 +421,7 @@ void dbias(const AttentionArgs& a, int64_t task, void* scratch) {
             lse[r] = lse_of<T>(a, head, rows[r]);
             delta[r] = delta_of<T>(a, head, rows[r]);
           }
-          const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
+          const Span span = visible_span<M>(rows, n, j0, round_up(block, kColumnUnit<M>));
           if (span.empty()) continue;
           grad_rows<M>(a, head, w, rows, n);
           grad_scores<M>(a, head, w, rows, 0, lse, delta, n, j0, span, nullptr, nullptr, true);

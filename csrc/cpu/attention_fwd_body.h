@@ -6,8 +6,11 @@ namespace LMK_NS {
 namespace {
 
 constexpr int64_t kFwdKeys = 256;  // keys of a block
-constexpr int64_t kFwdRows = 12;   // rows whose scores of a block are held at once
-constexpr int64_t kRowVecs = 16;   // kFwdRows in whole vectors of any instruction set
+constexpr int64_t kRowVecs = 32;   // kFwdRows in whole vectors of any instruction set
+
+// Rows whose scores of a block are held at once.
+template <class M>
+constexpr int64_t kFwdRows = kByTiles<M> ? 32 : 12;
 
 template <class M>
 struct FwdScratch {
@@ -25,12 +28,12 @@ struct FwdScratch {
     q = arena.take<E>(a.most_rows * q_ld);
     k = arena.take<E>(kFwdKeys * q_ld);
     v = arena.take<E>(kFwdKeys / M::kPack * o_ld);
-    p = M::kPack == 1 ? nullptr : arena.take<E>(kFwdRows * kFwdKeys / M::kPack);
+    p = M::kPack == 1 ? nullptr : arena.take<E>(kFwdRows<M> * kFwdKeys / M::kPack);
     buffer = arena.take<E>(M::V::kLanes * round_up(q_ld, 16));
     o = arena.take<T>(a.most_rows * o_ld);
     m = arena.take<T>(a.most_rows);
     l = arena.take<T>(a.most_rows);
-    s = arena.take<T>(kFwdRows * kFwdKeys);
+    s = arena.take<T>(kFwdRows<M> * kFwdKeys);
     bytes = arena.used();
   }
 };
@@ -191,9 +194,9 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
                int64_t n, int64_t j0, int64_t block, Ahead& ahead) {
   using T = typename M::Acc;
   constexpr int64_t kPanel = panel_of<M>();
-  Row rows[kFwdRows];
+  Row rows[kFwdRows<M>];
   rows_of(a, head, first_row + r0, n, rows);
-  const Span span = visible_span<M>(rows, n, j0, round_up(block, M::V::kLanes));
+  const Span span = visible_span<M>(rows, n, j0, round_up(block, kColumnUnit<M>));
   if (span.empty()) return;
   const int64_t width = span.end - span.begin;
   const typename M::Elem* keys = w.k + span.begin * w.q_ld;
@@ -248,10 +251,10 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   Ahead ahead(a, next);
 
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
-  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
-    const int64_t count = n - r0 < kFwdRows ? n - r0 : kFwdRows;
-    Row group[kFwdRows];
-    const void* queries[kFwdRows];
+  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
+    const int64_t count = n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>;
+    Row group[kFwdRows<M>];
+    const void* queries[kFwdRows<M>];
     rows_of(a, head, first_row + r0, count, group);
     for (int64_t r = 0; r < count; ++r) {
       queries[r] = query_row(a, a.q, head, group[r]);
@@ -273,25 +276,25 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
     key_rows(a, a.v, head, j0, block, rows);
     pack_depth<M>(a.dtype, rows, block, a.head_dim_v, w.v, w.o_ld);
     const int64_t packed = (block + M::kPack - 1) / M::kPack * w.o_ld;
-    const int64_t padded = round_up(block, M::V::kLanes) / M::kPack * w.o_ld;
+    const int64_t padded = round_up(block, kColumnUnit<M>) / M::kPack * w.o_ld;
     for (int64_t i = packed; i < padded; ++i) w.v[i] = 0;
     // the next block comes into the L2 cache while this one is worked on, a few rows per group
     const int64_t following = j0 + kFwdKeys, end = following + kFwdKeys < hi ? following + kFwdKeys : hi;
-    const int64_t per_group = (kFwdKeys * kFwdRows + n - 1) / n;
+    const int64_t per_group = (kFwdKeys * kFwdRows<M> + n - 1) / n;
     int64_t fetched = following;
-    for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
+    for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
       for (int64_t j = 0; j < per_group && fetched < end; ++j, ++fetched) {
         prefetch_row(key_row(a, a.k, head, fetched), a.head_dim * element_size(a.dtype));
         prefetch_row(key_row(a, a.v, head, fetched), a.head_dim_v * element_size(a.dtype));
       }
-      fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows ? n - r0 : kFwdRows, j0, block, ahead);
+      fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>, j0, block, ahead);
     }
   }
 
-  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows) {
-    const int64_t count = n - r0 < kFwdRows ? n - r0 : kFwdRows;
-    Row group[kFwdRows];
-    T inverse[kFwdRows];
+  for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
+    const int64_t count = n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>;
+    Row group[kFwdRows<M>];
+    T inverse[kFwdRows<M>];
     rows_of(a, head, first_row + r0, count, group);
     finish_rows(a, head, group, count, w.m + r0, w.l + r0, inverse);
     for (int64_t r = 0; r < count; ++r) store_out(a, head, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);

@@ -155,7 +155,7 @@ void apply_dropout(const AttentionArgs& a, const KeyHead& head, const Row& row, 
   }
 }
 
-// The part [begin, end) of a block of keys that some of the rows see, in whole panels and vectors; empty if none.
+// The part [begin, end) of a block of keys that some of the rows see, in whole panels and kColumnUnit; empty if none.
 struct Span {
   int64_t begin, end;
   bool empty() const { return begin >= end; }
@@ -171,7 +171,7 @@ Span visible_span(const Row* rows, int64_t n, int64_t j0, int64_t block) {
   }
   Span s;
   s.begin = lo <= j0 ? 0 : lo >= j0 + block ? block : (lo - j0) / panel_of<M>() * panel_of<M>();
-  s.end = hi <= j0 ? 0 : hi >= j0 + block ? block : round_up(hi - j0, M::V::kLanes);
+  s.end = hi <= j0 ? 0 : hi >= j0 + block ? block : round_up(hi - j0, kColumnUnit<M>);
   return s;
 }
 

@@ -15,7 +15,9 @@
 //   LMK_NS        the namespace of this instruction set: it puts its code in lmk::LMK_NS
 //   LMK_LANES     floats per vector
 //   LMK_BF16_DOT  1 where the CPU multiplies pairs of bfloat16 (vdpbf16ps), else 0
-// and tests these, never __AVX2__ and its like, which clang does not set here.
+//   LMK_TILES     1 where it multiplies tiles (AMX), else 0
+// and tests these, never __AVX2__ and its like, which clang does not set here. A body that has something to do with
+// tiles is compiled for amx where LMK_BODY_HAS_TILES is defined; others run there as they are for avx512bf16.
 //
 // The target is set by pragma around the body alone, so what the standard library's headers define stays code for the
 // baseline CPU, and the linker cannot let a copy that needs AVX stand in for it.
@@ -28,10 +30,12 @@
 #define LMK_NS generic
 #define LMK_LANES 4
 #define LMK_BF16_DOT 0
+#define LMK_TILES 0
 #include LMK_BODY
 #undef LMK_NS
 #undef LMK_LANES
 #undef LMK_BF16_DOT
+#undef LMK_TILES
 
 #if LMK_X86
 
@@ -53,31 +57,57 @@ LMK_PUSH_TARGET("avx2,fma,f16c")
 #define LMK_NS avx2
 #define LMK_LANES 8
 #define LMK_BF16_DOT 0
+#define LMK_TILES 0
 #include LMK_BODY
 #undef LMK_NS
 #undef LMK_LANES
 #undef LMK_BF16_DOT
+#undef LMK_TILES
 LMK_POP_TARGET
 
 LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LMK_NS avx512
 #define LMK_LANES 16
 #define LMK_BF16_DOT 0
+#define LMK_TILES 0
 #include LMK_BODY
 #undef LMK_NS
 #undef LMK_LANES
 #undef LMK_BF16_DOT
+#undef LMK_TILES
 LMK_POP_TARGET
 
 LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LMK_NS avx512bf16
 #define LMK_LANES 16
 #define LMK_BF16_DOT 1
+#define LMK_TILES 0
 #include LMK_BODY
 #undef LMK_NS
 #undef LMK_LANES
 #undef LMK_BF16_DOT
+#undef LMK_TILES
 LMK_POP_TARGET
+
+#ifdef LMK_BODY_HAS_TILES
+LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+#define LMK_NS amx
+#define LMK_LANES 16
+#define LMK_BF16_DOT 1
+#define LMK_TILES 1
+#include LMK_BODY
+#undef LMK_NS
+#undef LMK_LANES
+#undef LMK_BF16_DOT
+#undef LMK_TILES
+LMK_POP_TARGET
+#else
+namespace lmk {
+namespace amx {
+using namespace avx512bf16;
+}
+}  // namespace lmk
+#endif
 
 #undef LMK_PRAGMA
 #undef LMK_PUSH_TARGET
@@ -86,3 +116,4 @@ LMK_POP_TARGET
 #endif  // LMK_X86
 
 #undef LMK_BODY
+#undef LMK_BODY_HAS_TILES

@@ -67,6 +67,13 @@ using MathForBf16 = MathBf16;
 using MathForBf16 = MathFma<float>;
 #endif
 
+// Whether products go by AMX's tiles, and what the columns of B are padded to with zeros.
+template <class M>
+constexpr bool kByTiles = LMK_TILES && M::kPack == 2;
+template <class M>
+constexpr int64_t kColumnUnit = kByTiles<M> ? 32 : M::V::kLanes;
+constexpr int64_t kTileSide = 16;  // rows of C, columns of C, and elements of the depth in one tile
+
 // A register tile of kRows x kTileVecs vectors: 24 accumulators of 32 registers with AVX-512, 12 of 16 without.
 constexpr int kTileRows = 6;
 #if LMK_LANES == 16
@@ -145,10 +152,138 @@ void gemm_panel(const GemmArgs<M>& g, int64_t rows, int64_t col, const typename 
   }
 }
 
-// vecs: columns of C in vectors. B's panels are kTileVecs wide; where b_panel says that they are neighbours in rows
-// of B, uneven widths such as 5 are split evenly (3 + 2).
+#if LMK_TILES
+// The shapes of the eight tiles: 0 to 3 are C (2 x 2), 4 and 5 rows of A, 6 and 7 columns of B. A tile without rows
+// must have no columns.
+struct TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  TileShapes(int64_t upper, int64_t lower) {
+    const int64_t of_tile[] = {upper, upper, lower, lower, upper, lower, kTileSide, kTileSide};
+    for (int tile = 0; tile < 8; ++tile) {
+      rows[tile] = uint8_t(of_tile[tile]);
+      row_bytes[tile] = of_tile[tile] ? 64 : 0;
+    }
+  }
+};
+
+// C's rows from `row` on, one or two tiles of them, and kVecs vectors of columns.
+template <Start kStart, int kRowTiles, int kVecs>
+void multiply_tiles(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const uint32_t* b) {
+  const uint32_t* a = g.a + row * g.a_row;
+  const int64_t a_bytes = g.a_row * 4, b_bytes = g.b_depth * 4, c_bytes = g.c_row * 4;
+  float* const c = g.c + row * g.c_row + col;
+  float* const lower = c + kTileSide * g.c_row;
+  if constexpr (kStart == Start::zero) {
+    _tile_zero(0);
+    if constexpr (kVecs == 2) _tile_zero(1);
+    if constexpr (kRowTiles == 2) _tile_zero(2);
+    if constexpr (kRowTiles == 2 && kVecs == 2) _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, c_bytes);
+    if constexpr (kVecs == 2) _tile_loadd(1, c + kTileSide, c_bytes);
+    if constexpr (kRowTiles == 2) _tile_loadd(2, lower, c_bytes);
+    if constexpr (kRowTiles == 2 && kVecs == 2) _tile_loadd(3, lower + kTileSide, c_bytes);
+  }
+  for (int64_t k = 0; k < g.depth; k += kTileSide) {
+    _tile_loadd(6, b, b_bytes);
+    _tile_loadd(4, a, a_bytes);
+    if constexpr (kVecs == 2) _tile_loadd(7, b + kTileSide, b_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kRowTiles == 2) _tile_loadd(5, a + kTileSide * g.a_row, a_bytes);
+    if constexpr (kVecs == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kRowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kRowTiles == 2 && kVecs == 2) _tile_dpbf16ps(3, 5, 7);
+    a += kTileSide;
+    b += kTileSide * g.b_depth;
+  }
+  _tile_stored(0, c, c_bytes);
+  if constexpr (kVecs == 2) _tile_stored(1, c + kTileSide, c_bytes);
+  if constexpr (kRowTiles == 2) _tile_stored(2, lower, c_bytes);
+  if constexpr (kRowTiles == 2 && kVecs == 2) _tile_stored(3, lower + kTileSide, c_bytes);
+}
+
+// What gemm does where the depth is whole tiles and rows of A are contiguous along it.
+template <Start kStart>
+void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
+  if constexpr (kStart == Start::scale_and_add)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < vecs; ++n) {
+        float* p = g.c + r * g.c_row + n * kTileSide;
+        (Vec<float>::load(p) * Vec<float>::set1(g.factor[r])).store(p);
+      }
+  const bool in_rows = g.b_panel == kTileVecs * kTileSide;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row, pair = 2 * kTileSide;
+    const int64_t upper = left < kTileSide ? left : kTileSide;
+    const int64_t lower = left < pair ? left - upper : kTileSide;
+    const int64_t end = row + (left < pair ? left : left / pair * pair);
+    const TileShapes shapes(upper, lower);
+    _tile_loadconfig(&shapes);
+    for (int64_t n = 0; n < vecs; n += 2) {
+      const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / kTileVecs * g.b_panel + n % kTileVecs * kTileSide;
+      for (int64_t r = row; r < end; r += pair) {
+        if (lower > 0 && n + 2 <= vecs)
+          multiply_tiles<kStart, 2, 2>(g, r, n * kTileSide, b);
+        else if (lower > 0)
+          multiply_tiles<kStart, 2, 1>(g, r, n * kTileSide, b);
+        else if (n + 2 <= vecs)
+          multiply_tiles<kStart, 1, 2>(g, r, n * kTileSide, b);
+        else
+          multiply_tiles<kStart, 1, 1>(g, r, n * kTileSide, b);
+      }
+    }
+    row = end;
+  }
+  _tile_release();
+}
+
+inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_t dst_ld);  // in rows.h
+
+// dst (rows, dst_ld) = the transpose of a (depth, a_depth); rows is at most 2 kTileSide, depth whole tiles.
+inline void turn(const uint32_t* a, int64_t a_depth, int64_t rows, int64_t depth, uint32_t* dst, int64_t dst_ld) {
+  for (int64_t r = 0; r < rows; r += kTileSide)
+    for (int64_t k = 0; k < depth; k += kTileSide) {
+      const void* lines[kTileSide];
+      uint32_t part[kTileSide][kTileSide];
+      for (int64_t i = 0; i < kTileSide; ++i) lines[i] = a + (k + i) * a_depth + r;
+      if (rows - r < kTileSide)
+        for (int64_t i = 0; i < kTileSide; ++i) {
+          _mm512_storeu_si512(part[i], _mm512_maskz_loadu_epi32(__mmask16((1 << (rows - r)) - 1), lines[i]));
+          lines[i] = part[i];
+        }
+      transpose_tile(lines, 0, dst + r * dst_ld + k, dst_ld);
+    }
+}
+
+// The same where columns of A are contiguous: they are turned, some rows and some of the depth at a time.
+template <Start kStart>
+void gemm_tiles_turned(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
+  constexpr int64_t kRows = 2 * kTileSide, kDepth = 256, kLd = kDepth + kTileSide;
+  alignas(64) uint32_t turned[kRows * kLd];
+  for (int64_t k = 0; k < g.depth; k += kDepth)
+    for (int64_t row = 0; row < rows; row += kRows) {
+      GemmArgs<MathBf16> part = g;
+      const int64_t n = rows - row < kRows ? rows - row : kRows;
+      part.depth = g.depth - k < kDepth ? g.depth - k : kDepth;
+      turn(g.a + row + k * g.a_depth, g.a_depth, n, part.depth, turned, kLd);
+      part.a = turned, part.a_row = kLd, part.a_depth = 1;
+      part.b += k * g.b_depth;
+      part.c += row * g.c_row;
+      part.factor = kStart == Start::scale_and_add ? g.factor + row : nullptr;
+      if (k == 0)
+        gemm_tiles<kStart>(part, n, vecs);
+      else
+        gemm_tiles<Start::add>(part, n, vecs);
+    }
+}
+#endif
+
+// gemm by vectors.
 template <class M, Start kStart>
-void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
+void gemm_vectors(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
   constexpr int kLanes = M::V::kLanes;
   const bool in_rows = g.b_panel == kTileVecs * kLanes;
   for (int64_t n = 0; n < vecs;) {
@@ -173,6 +308,27 @@ void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
     }
     n += width;
   }
+}
+
+// vecs: columns of C in vectors. B's panels are kTileVecs wide; where b_panel says that they are neighbours in rows
+// of B, uneven widths such as 5 are split evenly (3 + 2).
+template <class M, Start kStart>
+void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
+#if LMK_TILES
+  if constexpr (kByTiles<M>)
+    if (g.depth >= kTileSide && (g.a_depth == 1 || g.a_row == 1)) {
+      GemmArgs<M> part = g;
+      part.depth = g.depth / kTileSide * kTileSide;
+      if (g.a_depth == 1)
+        gemm_tiles<kStart>(part, rows, vecs);
+      else
+        gemm_tiles_turned<kStart>(part, rows, vecs);
+      if (part.depth == g.depth) return;
+      part.a += part.depth * g.a_depth, part.b += part.depth * g.b_depth, part.depth = g.depth - part.depth;
+      return gemm_vectors<M, Start::add>(part, rows, vecs);
+    }
+#endif
+  gemm_vectors<M, kStart>(g, rows, vecs);
 }
 
 }  // namespace

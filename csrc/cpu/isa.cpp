@@ -7,11 +7,15 @@
 #if LMK_X86
 #include <cpuid.h>
 #endif
+#if LMK_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lmk {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 
 #if LMK_X86
@@ -19,6 +23,19 @@ constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+// The tiles of bfloat16 and int8, and the operating system's leave to use them, which Linux gives a process on request.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || ~edx & (kBf16 | kTile | kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -35,6 +52,8 @@ bool is_present(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Isa::avx512bf16:
       return is_present(Isa::avx512) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx:
+      return is_present(Isa::avx512bf16) && has_tiles();
 #endif
     default:
       return false;

@@ -23,7 +23,7 @@ Tensor dense_rows(const Tensor& x) {
 }
 
 // Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
-void choose_blocks(lmk::LinearArgs& a, int64_t col_unit) {
+void choose_blocks(lmk::LinearArgs& a, int64_t row_unit, int64_t col_unit) {
   constexpr int64_t kTasksPerThread = 8, kCols = 384, kLeastCols = 128, kRows = 1152, kLeastRows = 192;
   const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
@@ -37,14 +37,14 @@ void choose_blocks(lmk::LinearArgs& a, int64_t col_unit) {
     else
       break;
   }
-  a.rows_per_task = count(count(a.rows, row_blocks), 6) * 6;
+  a.rows_per_task = count(count(a.rows, row_blocks), row_unit) * row_unit;
   a.cols_per_task = count(count(a.cols, col_blocks), col_unit) * col_unit;
 }
 
 void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
   if (a.rows == 0 || a.cols == 0) return;
-  choose_blocks(a, col_unit);
   const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute);
+  choose_blocks(a, kernels.row_unit, col_unit);
   const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
   run_tasks(row_blocks * col_blocks, kernels.scratch(a), 2.0 * a.rows * a.cols * a.depth,

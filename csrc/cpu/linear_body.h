@@ -160,7 +160,8 @@ void move_row(const JoinArgs& a, int64_t row) {
 template <class M>
 constexpr LinearKernels linear_of() {
   using T = typename M::Acc;
-  return {sizeof(T), linear_scratch<M>, linear_matmul<M>, activation_task<T>, move_row<T, false>, move_row<T, true>};
+  return {sizeof(T),          kByTiles<M> ? 32 : kTileRows, linear_scratch<M>, linear_matmul<M>,
+          activation_task<T>, move_row<T, false>,           move_row<T, true>};
 }
 
 // One row per DType, in its order.

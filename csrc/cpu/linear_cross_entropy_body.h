@@ -147,7 +147,7 @@ void finish_logits(const LossArgs& a, const LossMemory<M>& m, int64_t block, int
 template <class M>
 void logits_task(const LossArgs& a, int64_t task, void* scratch) {
   using T = typename M::Acc;
-  constexpr int64_t kPanel = panel_of<M>(), kLanes = M::V::kLanes, kStep = kMatmulDepth * M::kPack;
+  constexpr int64_t kPanel = panel_of<M>(), kLanes = M::V::kLanes, kStep = kMatmulDepth<M> * M::kPack;
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const MatmulScratch<M> w(kMatmulRows, kLanes, a.depth, own);
@@ -331,7 +331,7 @@ void dweight_task(const LossArgs& a, int64_t task, void* scratch) {
 // The part of dhidden that the rows of one split of the vocabulary give, in some of its columns.
 template <class M>
 void dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
-  constexpr int64_t kPanel = panel_of<M>(), kStep = kMatmulDepth * M::kPack;
+  constexpr int64_t kPanel = panel_of<M>(), kStep = kMatmulDepth<M> * M::kPack;
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const int64_t blocks = (a.depth + a.hidden_cols_per_task - 1) / a.hidden_cols_per_task;
@@ -396,7 +396,7 @@ constexpr LossKernels loss_of() {
   return {sizeof(typename M::Acc),
           panel_of<M>(),
           kMatmulRows,
-          kMatmulDepth * M::kPack,
+          kMatmulDepth<M> * M::kPack,
           loss_shared<M>,
           loss_scratch<M>,
           pack_task<M>,

@@ -10,8 +10,17 @@ inline const void* at(const Matrix& x, int64_t line, int64_t p) {
   return static_cast<const char*>(x.data) + (line * x.line_stride + p * x.depth_stride) * element_size(x.dtype);
 }
 
-constexpr int64_t kMatmulRows = 96;    // rows of A that share a pass over the packed B; a multiple of kTileRows
-constexpr int64_t kMatmulDepth = 384;  // elements of the depth that are packed at once
+constexpr int64_t kMatmulRows = 96;  // rows of A that share a pass over the packed B; a multiple of kTileRows
+// Elements of the depth that are packed at once. Of tiles: two columns of them fit in the L1 cache.
+template <class M>
+constexpr int64_t kMatmulDepth = kByTiles<M> ? 256 : 384;
+
+// The depth that is multiplied at once, in elements: whole tiles, of which the rest is zero.
+template <class M>
+int64_t depth_elements(int64_t n) {
+  const int64_t elements = (n + M::kPack - 1) / M::kPack;
+  return kByTiles<M> ? round_up(elements, 16) : elements;
+}
 
 template <class M>
 struct MatmulScratch {
@@ -24,13 +33,16 @@ struct MatmulScratch {
     vecs = (cols + kLanes - 1) / kLanes;
     c_ld = vecs * kLanes;
     const int64_t elements =
-        round_up(depth < kMatmulDepth * M::kPack ? (depth + M::kPack - 1) / M::kPack : kMatmulDepth, 16);
+        round_up(depth < kMatmulDepth<M> * M::kPack ? (depth + M::kPack - 1) / M::kPack : kMatmulDepth<M>, 16);
     const int64_t block = rows < kMatmulRows ? rows : kMatmulRows;
     b = arena.take<E>(round_up(c_ld, panel_of<M>()) * elements);
-    a = arena.take<E>(round_up(block, 16) * elements);
+    a = arena.take<E>(round_up(block, 16) * a_ld(elements));
     buffer = arena.take<E>(kLanes * elements);
-    c = arena.take<typename M::Acc>((depth <= kMatmulDepth * M::kPack ? block : rows) * c_ld);
+    c = arena.take<typename M::Acc>((depth <= kMatmulDepth<M> * M::kPack ? block : rows) * c_ld);
   }
+
+  // Elements from one packed row of A to the next: whole vectors, and no multiple of what an L1 cache holds in a way.
+  static int64_t a_ld(int64_t elements) { return round_up(elements, 16) + (kByTiles<M> ? 16 : 0); }
 };
 
 // Packs columns [col, col + cols) of B over [k, k + n). Sets the strides of B in g.
@@ -38,7 +50,7 @@ template <class M>
 void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, const MatmulScratch<M>& w,
             GemmArgs<M>& g) {
   constexpr int64_t kPanel = panel_of<M>();
-  const int64_t elements = (n + M::kPack - 1) / M::kPack;
+  const int64_t elements = depth_elements<M>(n);
   g.b = w.b;
   if (b.depth_stride == 1) {
     const void* lines[kPanel];
@@ -48,6 +60,7 @@ void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, co
       const int64_t have = cols - c < kPanel ? cols - c : kPanel;
       for (int64_t i = 0; i < have; ++i) lines[i] = at(b, col + c + i, k);
       pack_columns<M>(b.dtype, lines, have, n, w.b + c * elements, w.buffer);
+      for (int64_t p = (n + M::kPack - 1) / M::kPack * kPanel; p < elements * kPanel; ++p) w.b[c * elements + p] = 0;
     }
     return;
   }
@@ -57,6 +70,7 @@ void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, co
     const void* lines[2] = {at(b, col, k + p), at(b, col, k + p + 1)};
     pack_depth<M>(b.dtype, lines, n - p < M::kPack ? n - p : M::kPack, cols, w.b + p / M::kPack * w.c_ld, w.c_ld);
   }
+  for (int64_t p = (n + M::kPack - 1) / M::kPack * w.c_ld; p < elements * w.c_ld; ++p) w.b[p] = 0;
 }
 
 // Rows [row, row + rows) of A over [k, k + n) as the A of a product: where they lie, or packed.
@@ -64,15 +78,19 @@ template <class M>
 void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, const MatmulScratch<M>& w,
             GemmArgs<M>& g) {
   using E = typename M::Elem;
-  const int64_t elements = (n + M::kPack - 1) / M::kPack;
+  const int64_t elements = depth_elements<M>(n);
   if (a.depth_stride == 1) {
-    if (element_size(a.dtype) * M::kPack == int64_t(sizeof(E)) && n % M::kPack == 0 && a.line_stride % M::kPack == 0) {
+    const bool in_place = element_size(a.dtype) * M::kPack == int64_t(sizeof(E)) && n == elements * M::kPack &&
+                          a.line_stride % M::kPack == 0;
+    // the lines of a tile must not all fall on one set of the L1 cache
+    const bool one_set = kByTiles<M> && a.line_stride * element_size(a.dtype) % 4096 == 0;
+    if (in_place && !one_set) {
       g.a = static_cast<const E*>(at(a, row, k));
       g.a_row = a.line_stride / M::kPack;
       g.a_depth = 1;
       return;
     }
-    const int64_t ld = round_up(elements, 16);
+    const int64_t ld = w.a_ld(elements);
     for (int64_t i = 0; i < rows; ++i) {
       const void* line = at(a, row + i, k);
       pack_rows<M>(a.dtype, &line, 1, n, w.a + i * ld, ld);
@@ -81,6 +99,7 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
     g.a_depth = 1;
   } else {
     const int64_t ld = round_up(rows, 16);
+    for (int64_t p = (n + M::kPack - 1) / M::kPack * ld; p < elements * ld; ++p) w.a[p] = 0;
     for (int64_t p = 0; p < n; p += M::kPack) {
       const void* lines[2] = {at(a, row, k + p), at(a, row, k + p + 1)};
       pack_depth<M>(a.dtype, lines, n - p < M::kPack ? n - p : M::kPack, rows, w.a + p / M::kPack * ld, ld);
@@ -98,12 +117,12 @@ void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t
             const MatmulScratch<M>& w, const Epilogue& epilogue) {
   GemmArgs<M> g{};
   g.c_row = w.c_ld;
-  const int64_t step = kMatmulDepth * M::kPack;
+  const int64_t step = kMatmulDepth<M> * M::kPack;
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
     const int64_t n = depth - k < step ? depth - k : step;
     const bool last = k + step >= depth;
     pack_b<M>(b, col, cols, k, n, w, g);
-    g.depth = (n + M::kPack - 1) / M::kPack;
+    g.depth = depth_elements<M>(n);
     for (int64_t r = 0; r < rows; r += kMatmulRows) {
       const int64_t count = rows - r < kMatmulRows ? rows - r : kMatmulRows;
       take_a<M>(a, row + r, count, k, n, w, g);

@@ -266,7 +266,8 @@ inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_
 #endif
 
 // Packed columns, the B of a product over the columns: panels of kTileVecs vectors of rows,
-// dst (panels, ceil(n_cols / kPack), panel) elements; rows beyond n are zero. buffer: kLanes * (ceil(n_cols / kPack)
+// dst (panels, ceil(n_cols / kPack), panel) elements; rows beyond n, up to whole
+// kColumnUnit, are zero. buffer: kLanes * (ceil(n_cols / kPack)
 // rounded up to 16) elements.
 template <class M>
 void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst,
@@ -274,9 +275,9 @@ void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t n_col
   using E = typename M::Elem;
   constexpr int64_t kLanes = M::V::kLanes, kPanel = kTileVecs * kLanes;
   const int64_t depth = (n_cols + M::kPack - 1) / M::kPack, ld = round_up(depth, 16);
-  for (int64_t r = 0; r < n; r += kLanes) {
+  for (int64_t r = 0; r < round_up(n, kColumnUnit<M>); r += kLanes) {
     E* out = dst + r / kPanel * kPanel * depth + r % kPanel;
-    const int64_t have = n - r < kLanes ? n - r : kLanes;
+    const int64_t have = n - r < 0 ? 0 : n - r < kLanes ? n - r : kLanes;
     const void* lanes[kLanes];
     for (int64_t i = 0; i < have; ++i) lanes[i] = rows[r + i];
     // straight from the source where it holds elements already, in whole vectors and of whole tiles

@@ -9,7 +9,7 @@ from pathlib import Path
 import native_build
 import pytest
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@
 #include "quantize_weight.h"
 
 #define LMK_BODY "micro_body.h"
+#define LMK_BODY_HAS_TILES
 #include "foreach_isa.h"
 
 namespace lmk {
