@@ -327,6 +327,7 @@ def write(arguments, model, tokenizer, settings: dict, prompt: str) -> None:
         "seconds": round(seconds, 3),
         "tokens_per_second": round(count / seconds, 1),
         **clock.rates(len(ids), count),
+        **(floor_share(model, clock, len(ids) + len(new[0]) // 2, len(new)) if arguments.stats else {}),
         "weight_bytes": model.get_memory_footprint(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
@@ -365,13 +366,43 @@ class Clock:
         }
 
 
+def floor_share(model, clock: Clock, context: int, rows: int) -> dict:
+    """The steps that were made after the prompt, of those that memory would feed: one reads every weight, and the keys
+    and values of `rows` texts of `context` tokens. Empty where there were too few, or where it is not the CPU's memory.
+    """
+    import torch
+
+    weights = model.step_model() if model.device.type == "cpu" and len(clock.times) > 2 else None
+    if weights is None:
+        return {}
+    x, seconds = torch.ones(2**26), []
+    for _ in range(6):
+        start = time.perf_counter()
+        x.sum()
+        seconds.append(time.perf_counter() - start)
+    kv = 2 * len(weights.layers) * weights.heads_kv * weights.head_dim * weights.norm.element_size()
+    step = (clock.times[-1] - clock.times[1]) / (len(clock.times) - 2)
+    rate, size = x.nbytes / min(seconds), weights.nbytes + kv * context * rows
+    return {
+        "read_bytes_per_second": round(rate),
+        "step_bytes": size,
+        "percent_of_floor": round(100 * size / rate / step, 1),
+    }
+
+
 def stats_text(stats: dict) -> str:
     apart = ""
     if "decode_tokens_per_second" in stats:
         apart = (
             f" (prompt of {stats['prompt_tokens']}: {stats['prompt_tokens_per_second']} tokens/s; "
-            f"then {stats['decode_tokens_per_second']} tokens/s)"
+            f"then {stats['decode_tokens_per_second']} tokens/s"
         )
+        if "percent_of_floor" in stats:
+            apart += (
+                f", {stats['percent_of_floor']:.0f} % of what reading {stats['step_bytes'] / 1e6:,.0f} MB a step at "
+                f"{stats['read_bytes_per_second'] / 1e9:.1f} GB/s allows"
+            )
+        apart += ")"
     return (
         f"{stats['tokens']} tokens in {stats['seconds']:.2f} s, {stats['tokens_per_second']} tokens/s{apart}, "
         f"{stats['weight_bytes'] / 1e6:,.0f} MB of weights, at most {stats['peak_bytes'] / 1e6:,.0f} MB in use"

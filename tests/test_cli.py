@@ -119,8 +119,10 @@ def test_generate_reads_standard_input_and_prints_json(run):
     for entry in ("tokens_per_second", "prompt_tokens_per_second", "decode_tokens_per_second", "weight_bytes"):
         assert answer[entry] > 0
     assert answer["peak_bytes"] > answer["weight_bytes"]
+    assert 0 < answer["percent_of_floor"] < 150 and answer["step_bytes"] < answer["weight_bytes"] * 1.1
     assert re.fullmatch(
-        r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s \(prompt of \d+: [\d.]+ tokens/s; then [\d.]+ tokens/s\), "
+        r"\d+ tokens in [\d.]+ s, [\d.]+ tokens/s \(prompt of \d+: [\d.]+ tokens/s; then [\d.]+ tokens/s, "
+        r"\d+ % of what reading [\d,]+ MB a step at [\d.]+ GB/s allows\), "
         r"[\d.,]+ MB of weights, at most [\d.,]+ MB in use\n",
         result.stderr,
     )

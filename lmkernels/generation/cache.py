@@ -81,6 +81,18 @@ class KVCache:
             length += self.length
         self.length = max(0, min(length, self.length))
 
+    def shift(self, starts: torch.Tensor) -> None:
+        """Moves the slots of sequence i by starts[i], (b,) int64, to the front; those before are lost.
+
+        `length` still counts them, so that a sequence then has length - starts[i] tokens.
+        """
+        slots = torch.arange(self.length, device=starts.device) + starts[:, None]  # (b, length)
+        slots = slots.clamp(max=self.length - 1)[None, :, None, :, None]
+        for buffer in self._buffers:
+            if buffer is not None:
+                tokens = buffer[:, :, :, : self.length]
+                tokens.copy_(tokens.gather(3, slots.expand_as(tokens)))
+
     def repeat(self, n: int) -> None:
         """Repeats every sequence n times, side by side: (b, ...) becomes (n b, ...)."""
         for layer, buffer in enumerate(self._buffers):

@@ -3,7 +3,7 @@
 import torch
 
 from .cache import KVCache
-from .fused import MOST_ROWS, fused_decoder
+from .fused import fused_decoder
 
 
 class Decoder:
@@ -33,7 +33,7 @@ class Decoder:
         Only what the cache lacks is computed.
         """
         past, end = self.cache.length if self.cache is not None else 0, ids.shape[1]
-        if self.fused is not None and past == end - 1 > 0 and ids.shape[0] <= MOST_ROWS:
+        if self.fused is not None and past == end - 1 > 0 and ids.shape[0] <= self.fused.most_rows:
             if self.fused.unsupported(self.cache) is None:
                 return self.fused.step(ids[:, past], self.cache, self.starts)[:, None]
             self.fused = None
@@ -60,7 +60,8 @@ class Decoder:
         if self.mask is not None:
             self.mask, self.positions = self.mask[rows], self.positions[rows]
         if self.cache is not None:
-            self.cache.reorder(rows, start)
+            aligned = self.fused is not None and self.fused.aligned
+            self.cache.reorder(rows, 0 if aligned else start)
 
     def crop(self, length: int) -> None:
         """Forgets what was computed for all but the first `length` tokens."""

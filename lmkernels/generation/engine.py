@@ -9,6 +9,7 @@ import torch
 from ..ops.decode_step import decode_step
 from .config import Settings, settings_for
 from .fused import MOST_ROWS, unsupported
+from .graphed import step_by_ops
 from .loop import as_list, plan_for
 from .pages import Pages, SequenceCache
 from .plan import Plan, process
@@ -304,7 +305,12 @@ class Engine:
         tables = torch.stack([request.table for request in requests])
         starts = torch.zeros_like(lengths)
         try:
-            logits = decode_step(tokens, lengths, starts, lengths, self.buffers, self.step_model, block_table=tables)
+            if tokens.is_cuda:
+                logits = step_by_ops(tokens, lengths, self.buffers, self.step_model, block_table=tables)
+            else:
+                logits = decode_step(
+                    tokens, lengths, starts, lengths, self.buffers, self.step_model, block_table=tables
+                )
         except Exception as error:
             for request in requests:
                 self._end(request, "error", error)

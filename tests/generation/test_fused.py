@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmkernels import capture_attention
 from lmkernels.generation import decoder, fused
 from lmkernels.models.quantized import quantize
 
@@ -164,6 +165,8 @@ def test_reasons_are_given(model):
     assert "has no step_model()" in fused.unsupported(nn.Linear(2, 2))
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in fused.unsupported(model)
+    with capture_attention():
+        assert "capture_attention" in fused.unsupported(model)
     other = random_model()
     in_training(other)
     assert "dropout" in fused.unsupported(other)

@@ -96,3 +96,12 @@ def test_models():
     for x in maps:
         torch.testing.assert_close(x.sum(-1), torch.ones(2, 2, 6))
         assert not x.triu(1).any()
+
+
+def test_generate_is_heard_at_every_step():
+    config = lmk.models.GPT2Config(n_layer=3, n_head=2, n_embd=16, vocab_size=20, eos_token_id=None)
+    model, ids = lmk.models.GPT2LMHeadModel(config).eval(), torch.randint(20, (2, 6))
+    with lmk.capture_attention() as maps:
+        tokens = model.generate(ids, max_new_tokens=4)
+    assert [x.shape for x in maps] == [(2, 2, 6, 6)] * 3 + [(2, 2, 1, 6 + i) for i in (1, 2, 3) for _ in range(3)]
+    assert torch.equal(tokens, model.generate(ids, max_new_tokens=4))

@@ -25,7 +25,8 @@ def capture_attention(*, detach: bool = True) -> Iterator[list[Tensor]]:
     A map is what `attention_weights` returns: the softmax before dropout, rows of zeros where a query sees no key.
     Packed sequences (`attention_varlen`) give theirs padded to the longest, (number of sequences, h, s_q, s_k), with
     zeros beyond. `attention`, `attention_varlen` and `scaled_dot_product_attention` are heard, and so are the models
-    and modules built on them and Hugging Face models on "lmkernels"; `attention_decode` is not.
+    and modules built on them and Hugging Face models on "lmkernels". `generate` then computes layer by layer, one map
+    per layer and step. `attention_decode`, `decode_step` and the steps of an `Engine` make no maps and are not heard.
 
     detach: False keeps the maps differentiable.
 
