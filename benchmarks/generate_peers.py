@@ -128,7 +128,7 @@ def llama_cpp(model: GPT2LMHeadModel, kind: str) -> Peer:
 
     def context(rows: int):
         options = lib.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = rows * 384 if rows > 1 else positions, rows
+        options.n_ctx, options.n_seq_max = rows * 512 if rows > 1 else positions, rows
         options.n_batch, options.n_ubatch = 2048, 512
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.kv_unified = False
@@ -218,7 +218,7 @@ def write_gguf(model: GPT2LMHeadModel, kind: str, path: Path) -> None:
 
 
 def onnx_runtime(model: GPT2LMHeadModel, dtype: str) -> Peer:
-    """The graph that ONNX Runtime's own optimiser makes of a GPT-2, with its fused attention on past keys and values."""
+    """The graph that ONNX Runtime's optimiser makes of a GPT-2, with its fused attention on past keys and values."""
     import onnxruntime
 
     config = model.config

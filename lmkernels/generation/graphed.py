@@ -1,4 +1,4 @@
-"""Decoding on a GPU: a step of the model through the ops, recorded once as a CUDA graph and replayed for every token."""
+"""Decoding on a GPU: a step of the model through the ops, recorded as a CUDA graph and replayed for every token."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Decoding with a recorded step, as on a GPU. Here a tape plays the CUDA graph: it runs the same ops on the same memory."""
+"""Decoding with a recorded step, as on a GPU. A tape plays the CUDA graph: it runs the same ops on the same memory."""
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmkernels.generation import decoder, graphed
 from lmkernels.generation.fused import fused_decoder
