@@ -94,12 +94,12 @@ def ours_in_an_engine(model: GPT2LMHeadModel, rows: int) -> Peer:
 
 
 def in_turn(competitors: dict[str, Peer], prompts: list[list[int]], new: int, seconds: float, least: int, between=None):
-    """The times of every turn of each, and whose tokens were not ours in a first turn that warms up.
+    """The times of every turn of each, and whose tokens were not ours in a first, short turn, which warms up.
 
     Each turn's prompts begin in a way of their own: an engine remembers those that it has read.
     """
     taken = {name: [] for name in competitors}
-    written = {name: write(prompts, new)[0] for name, write in competitors.items()}
+    written = {name: write(prompts, min(new, NEW))[0] for name, write in competitors.items()}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken["ours"]) < least:
         prompts = [[prompt[0] ^ 1 + len(taken["ours"]), *prompt[1:]] for prompt in prompts]

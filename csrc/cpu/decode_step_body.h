@@ -42,15 +42,15 @@ inline QuantizedArgs quantized_args(const DecodeStepArgs& a, const StepWeight& w
 inline SkinnyArgs skinny_args(const DecodeStepArgs& a, const StepWeight& w) {
   SkinnyArgs s{};
   s.dtype = a.dtype;
-  s.rows = a.rows, s.depth = w.sum_depth, s.cols = w.cols;
-  s.transposed = w.transposed, s.weight_row = w.row;
+  s.rows = a.rows, s.depth = is_whole_row(w) ? w.depth : w.sum_depth, s.cols = w.cols;
+  s.transposed = w.transposed, s.weight_row = w.row, s.sum_depth = w.sum_depth;
   return s;
 }
 
 // sum_depth comes from the weight's shape alone, as it decides the order of the sums. For one row a task then takes one
 // sum, as memory is read best in order; more rows would leave too much to be added up.
 void share_out(const DecodeStepArgs& a, StepWeight& w) {
-  constexpr int64_t kBytes = 128 * 1024, kRun = 4096, kDepth = 32, kTasks = 8;
+  constexpr int64_t kBytes = 128 * 1024, kRowsBytes = 512 * 1024, kRun = 4096, kDepth = 32, kTasks = 8;
   const int64_t element = element_size(a.dtype);
   w.sum_depth = w.depth, w.task_cols = w.cols;
   if (w.cols == 0) {
@@ -61,7 +61,7 @@ void share_out(const DecodeStepArgs& a, StepWeight& w) {
     const int64_t panel_bytes = kPanelCols * round_up(w.depth, kWeightGroup) * w.bits / 8, unit = 2;
     w.task_cols = round_up((kBytes / 4 + panel_bytes - 1) / panel_bytes, unit) * kPanelCols;
   } else if (!w.transposed) {
-    w.task_cols = round_up((kBytes + w.depth * element - 1) / (w.depth * element), 4);
+    w.task_cols = round_up((kRowsBytes + w.depth * element - 1) / (w.depth * element), 32);
   } else {
     // parts of the weight's rows that fill pages
     const int64_t runs = most(1, w.cols * element / kRun);
@@ -320,19 +320,16 @@ void multiply(const DecodeStepArgs& a, const StepWeight& w, int64_t task, Activa
   }
   const SkinnyKernels& skinny = skinny_kernels(a.dtype);
   const int64_t col = block * w.task_cols, cols = least(w.task_cols, w.cols - col);
-  const int64_t begin = chunk * w.sum_depth, end = is_whole_row(w) ? w.depth : begin + 1;
-  for (int64_t depth = begin; depth < end; depth += w.sum_depth) {
-    SkinnyArgs k = skinny_args(a, w);
-    k.depth = least(w.sum_depth, w.depth - depth);
-    k.weight = static_cast<const char*>(w.data) + (w.transposed ? depth * w.row : 0) * element_size(a.dtype);
-    k.packed = static_cast<const char*>(s.packed) + depth * skinny.packed_size;
-    k.packed_row = packed_row(skinny, w.depth);
-    k.epilogue = e;
-    if (depth == 0) k.epilogue.bias = w.bias;
-    if (depth > begin) k.epilogue.residual = e.out, k.epilogue.residual_row = e.out_row;
-    if (depth + w.sum_depth >= end) k.next = next;
-    skinny.run(k, col, cols, s.kernel);
-  }
+  const int64_t depth = chunk * w.sum_depth;
+  SkinnyArgs k = skinny_args(a, w);
+  k.depth = is_whole_row(w) ? w.depth : least(w.sum_depth, w.depth - depth), k.sum_depth = w.sum_depth;
+  k.weight = static_cast<const char*>(w.data) + (w.transposed ? depth * w.row : 0) * element_size(a.dtype);
+  k.packed = static_cast<const char*>(s.packed) + depth * skinny.packed_size;
+  k.packed_row = packed_row(skinny, w.depth);
+  k.epilogue = e;
+  if (chunk == 0) k.epilogue.bias = w.bias;
+  k.next = next;
+  skinny.run(k, col, cols, s.kernel);
 }
 
 // One head of q or k, rotated, in dtype.

@@ -6,6 +6,7 @@
 #include "fetch.h"
 
 #define LMK_BODY "skinny_body.h"
+#define LMK_BODY_HAS_TILES
 #include "foreach_isa.h"
 
 namespace lmk {

@@ -19,6 +19,9 @@ struct SkinnyArgs {
   const void* weight;
   int64_t weight_row;
   bool transposed;
+  // Where it is less than depth, and not 0, sums over so much of the depth are added up in their order, the bias after
+  // the first: what tasks that have one such sum each make together. A multiple of 32, for transposed weights only.
+  int64_t sum_depth;
   Epilogue epilogue;
 
   const void* packed;  // what pack_x has made of x

@@ -14,6 +14,20 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
+inline bool is_in_parts(const SkinnyArgs& a) { return a.sum_depth > 0 && a.sum_depth < a.depth; }
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk
+
+#if LMK_TILES
+#include "skinny_tiles_body.h"
+#endif
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
 template <class M>
 void pack_skinny_x(const SkinnyArgs& a, void* packed, int64_t row) {
   using X = typename M::X;
@@ -33,10 +47,18 @@ int64_t skinny_scratch(const SkinnyArgs& a, int64_t cols) {
 
 template <class M>
 void run_skinny(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
-  if (a.transposed)
-    run_columns<M>(a, first, cols, scratch);
-  else
-    run_rows<M>(a, first, cols, scratch);
+  if (!a.transposed) return run_rows<M>(a, first, cols, scratch);
+  if (!is_in_parts(a)) return run_columns<M>(a, first, cols, scratch);
+  for (int64_t k = 0; k < a.depth; k += a.sum_depth) {
+    SkinnyArgs part = a;
+    part.depth = a.depth - k < a.sum_depth ? a.depth - k : a.sum_depth;
+    part.weight = static_cast<const typename M::Elem*>(a.weight) + k * a.weight_row;
+    part.packed = static_cast<const typename M::X*>(a.packed) + k;
+    if (k > 0) part.epilogue.bias = nullptr;
+    if (k > 0) part.epilogue.residual = a.epilogue.out, part.epilogue.residual_row = a.epilogue.out_row;
+    if (k + a.sum_depth < a.depth) part.next = {};
+    run_columns<M>(part, first, cols, scratch);
+  }
 }
 
 template <class M>
@@ -51,8 +73,14 @@ using SkinnyForBf16 = SkinnyBf16;
 using SkinnyForBf16 = SkinnyWiden<load_bf16>;
 #endif
 
+#if LMK_TILES
+constexpr SkinnyKernels kForBf16 = {2, kTileK, 2 * kTilePanel, tiles_scratch, pack_skinny_x<SkinnyBf16>, run_tiles};
+#else
+constexpr SkinnyKernels kForBf16 = skinny_kernels_of<SkinnyForBf16>();
+#endif
+
 // One row per DType, in its order.
-constexpr SkinnyKernels kSkinny[] = {skinny_kernels_of<SkinnySame<float>>(), skinny_kernels_of<SkinnyForBf16>(),
+constexpr SkinnyKernels kSkinny[] = {skinny_kernels_of<SkinnySame<float>>(), kForBf16,
                                      skinny_kernels_of<SkinnyWiden<load_f16>>(),
                                      skinny_kernels_of<SkinnySame<double>>()};
 

@@ -99,14 +99,20 @@ struct SkinnyBf16 {
       w[i + 1] = reinterpret_cast<W>(_mm512_unpackhi_epi16(even, odd));
     }
   }
-  // x (n,): sums as load_columns leaves them, in place into the order of the columns; n is a multiple of 32
-  static void order_columns(Acc* x, int64_t n) {
+  // two vectors of sums as load_columns leaves them, into the order of the columns
+  static void order(__m512& one, __m512& other) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const __m512 a = one, b = other;
+    one = _mm512_permutex2var_ps(a, first, b), other = _mm512_permutex2var_ps(a, second, b);
+  }
+  // x (n,): such sums, in place; n is a multiple of 32
+  static void order_columns(Acc* x, int64_t n) {
     for (int64_t i = 0; i < n; i += 32) {
-      const __m512 a = _mm512_loadu_ps(x + i), b = _mm512_loadu_ps(x + i + 16);
-      _mm512_storeu_ps(x + i, _mm512_permutex2var_ps(a, first, b));
-      _mm512_storeu_ps(x + i + 16, _mm512_permutex2var_ps(a, second, b));
+      __m512 one = _mm512_loadu_ps(x + i), other = _mm512_loadu_ps(x + i + 16);
+      order(one, other);
+      _mm512_storeu_ps(x + i, one);
+      _mm512_storeu_ps(x + i + 16, other);
     }
   }
 };

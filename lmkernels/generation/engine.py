@@ -16,6 +16,9 @@ from .plan import Plan, process
 from .search import next_tokens
 from .stopping import EndToken
 
+# A pass over so many tokens or fewer sums in another order than longer ones, see `linear`.
+FEW_TOKENS = 16
+
 
 class QueueFull(RuntimeError):
     """An Engine has as many requests waiting as it may have."""
@@ -45,7 +48,7 @@ class Request:
         self.ids = plan.ids.new_zeros(1, plan.total)  # prompt and new tokens
         self.ids[:, : plan.prompt] = plan.ids
         # a prompt that is read in a pass of a few rows gets other bits than as the begin of a longer one
-        self.names = engine.pages.names(self.prompt) if plan.prompt > MOST_ROWS else []
+        self.names = engine.pages.names(self.prompt) if plan.prompt > FEW_TOKENS else []
         self.pages: list[int] = []
         self.table: torch.Tensor | None = None  # of the pages, (most pages of a sequence,)
         self.read = 0  # tokens of the prompt whose keys and values are in the pages
@@ -86,7 +89,7 @@ class Engine:
     for token in request: ...
 
     model         a GPT2LMHeadModel without hooks or replaced modules; it must not change while the engine lives
-    max_rows      requests that are written at once; more than 16 are computed in groups of up to 16
+    max_rows      requests that are written at once; more than 64 are computed in groups of up to 64
     memory        bytes for keys and values; or `pages`, their number; default: max_rows sequences of full length
     page_size     tokens of a page
     max_queue     requests that may wait; another is refused with QueueFull
@@ -116,7 +119,7 @@ class Engine:
         chunk: int = 256,
     ):
         given = {"max_rows": (max_rows, 1), "page_size": (page_size, 1), "max_queue": (max_queue, 1)}
-        for name, (value, least) in (given | {"chunk": (chunk, MOST_ROWS + 1)}).items():
+        for name, (value, least) in (given | {"chunk": (chunk, FEW_TOKENS + 1)}).items():
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if memory is not None and pages is not None:
@@ -249,10 +252,10 @@ class Engine:
         while budget > 0 and (request := self._next_to_read()) is not None:
             left = len(request.prompt) - request.read
             count = min(left, budget)
-            # a row has the same bits in every pass of more than MOST_ROWS rows, so a longer prompt has no other passes
-            if left - count <= MOST_ROWS:
+            # a row has the same bits in every pass of more than FEW_TOKENS rows, so a longer prompt has no other passes
+            if left - count <= FEW_TOKENS:
                 count = left
-            elif count <= MOST_ROWS:
+            elif count <= FEW_TOKENS:
                 break
             budget -= count
             try:
@@ -276,7 +279,7 @@ class Engine:
             return self.reading
         request = self.waiting[0]
         # what is left to read gives the logits, and must be too long for a pass of a few rows
-        most = max(0, len(request.prompt) - MOST_ROWS - 1) // self.pages.size
+        most = max(0, len(request.prompt) - FEW_TOKENS - 1) // self.pages.size
         shared = self.pages.find(request.names[:most])
         pages = self.pages.take(self.pages.needed(request.plan.total - 1), shared)
         if pages is None:

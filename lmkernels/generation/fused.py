@@ -10,8 +10,8 @@ from ..ops.decode_step import StepModel, native
 from .cache import KVCache
 from .graphed import GraphedDecoder
 
-# More rows than this are computed faster layer by layer.
-MOST_ROWS = 16
+# Of a step; more are computed layer by layer.
+MOST_ROWS = 64
 
 
 def unsupported(model: nn.Module) -> str | None:

@@ -1,7 +1,7 @@
 """Linear layers on few rows, where reading the weight is the cost: the op of the compiled library.
 
 `lmkernels::skinny_linear_fwd(x, weight, bias, residual, activation)` is activation(x weight^T + bias) + residual:
-x (m, k), any m; it is written for 1 to 16 rows
+x (m, k), any m; it is written for few rows
 weight (n, k) in x's dtype; contiguous along either axis, it is read where it is
 bias (n,), residual (m, n): in x's dtype or, for 16 bits, in float32
 activation: as `linear.native.CODES` numbers them

@@ -1081,6 +1081,7 @@ DECODE_STEP = [
     StepCase("one row", (17,)),
     StepCase("weights by rows", (17,), layout="rows"),
     StepCase("16 rows, ragged", tuple(range(1, 33, 2)), tuple(i % 3 for i in range(16)), layout="rows"),
+    StepCase("45 rows", tuple(i * i % 31 for i in range(45)), d_model=72, d_ff=1100, h=3, d=24),
     StepCase("7 rows, padded", (9, 9, 9, 9, 9, 9, 9), (0, 3, 9, 1, 0, 8, 2)),
     StepCase("many keys, in shares", (700, 256, 255, 30), (1, 0, 0, 29)),
     StepCase("odd sizes", (5, 40), vocab=67, d_model=35, d_ff=77, h=5, d=7, activation="gelu"),

@@ -109,10 +109,10 @@ def test_float32_bias_and_residual_of_16_bit_products(dtype, native):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_a_row_has_the_same_bits_in_every_batch(layout, dtype, native):
-    inputs = make(17, 203, 1205, dtype, layout)
+    inputs = make(50, 203, 1205, dtype, layout)
     x, residual = inputs.pop("x"), inputs.pop("residual")
     together = skinny(x, residual=residual, activation="gelu", **inputs)
-    for first, last in ((0, 1), (3, 5), (2, 8), (1, 13), (0, 16), (16, 17)):
+    for first, last in ((0, 1), (3, 5), (2, 8), (1, 13), (0, 16), (16, 33), (4, 48)):
         alone = skinny(x[first:last], residual=residual[first:last], activation="gelu", **inputs)
         assert torch.equal(alone, together[first:last])
 

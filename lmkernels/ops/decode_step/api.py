@@ -175,8 +175,8 @@ def decode_step(
     backend: "native" or "reference"; None takes the first that can run this.
 
     Inference only. Sums are float32, of weights in their dtype; x is rounded to bfloat16 where these are, and to 16-bit
-    integers where these are quantised (`quantize_weight`). A row has the same bits in any batch of up to 16 rows, on
-    any number of threads, in a paged cache and in a contiguous one.
+    integers where these are quantised (`quantize_weight`). A row has the same bits in any batch, on any number
+    of threads, in a paged cache and in a contiguous one.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """
