@@ -44,12 +44,15 @@ struct SkinnyTileShapes {
   }
 };
 
+// gcc's own _tile_loadconfig says that it reads 8 bytes, so that stores to the others may be left out.
+inline void load_shapes(const SkinnyTileShapes& s) { __asm__ volatile("ldtilecfg %0" ::"m"(s)); }
+
 // x on the left: sums are (rows, columns), 0 and 1 of the upper rows.
 inline void configure_columns(const RowGroup& g) {
   SkinnyTileShapes s;
   for (int half = 0; half < 2; ++half) s.set(half, g.upper, 16), s.set(2 + half, g.lower, 16), s.set(6 + half, 16, 16);
   s.set(4, g.upper, 16), s.set(5, g.lower, 16);
-  _tile_loadconfig(&s);
+  load_shapes(s);
 }
 
 // The weight on the left: sums are (columns, rows), 0 and 2 of the upper rows.
@@ -58,7 +61,7 @@ inline void configure_rows(const RowGroup& g) {
   for (int half = 0; half < 2; ++half)
     s.set(2 * half, 16, g.upper), s.set(2 * half + 1, 16, g.lower), s.set(4 + half, 16, 16);
   s.set(6, 16, g.upper), s.set(7, 16, g.lower);
-  _tile_loadconfig(&s);
+  load_shapes(s);
 }
 
 // sums (rows, 32 columns) += x (rows, 32 steps) times a panel, whose two tiles per step follow each other.
