@@ -144,6 +144,7 @@ int64_t kernel_scratch(const DecodeStepArgs& a) {
   int64_t bytes = layer_norm_kernels(DType::f32).scratch(norm);
   bytes = most(bytes, decode_kernels(cache_type(a.dtype)).scratch(attention_args(a, a.layer[0], a.row[0], nullptr)));
   const auto product = [&](const StepWeight& w) {
+    if (w.cols == 0) return;
     if (w.bits) {
       const QuantizedArgs q = quantized_args(a, w);
       bytes = most(bytes, most(quantized.pack_scratch(q), quantized.scratch(q)));

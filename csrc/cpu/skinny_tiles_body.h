@@ -23,7 +23,8 @@ inline RowGroup row_group(int64_t rows, int64_t group) {
 
 // Whether vectors do what tiles would.
 inline bool is_one_row(const SkinnyArgs& a) {
-  return a.rows == 1 && (a.transposed ? !is_in_parts(a) : a.depth % kTileK == 0 && a.weight_row == a.depth);
+  return a.rows == 1 && a.depth > 0 &&
+         (a.transposed ? !is_in_parts(a) : a.depth % kTileK == 0 && a.weight_row == a.depth);
 }
 
 // How often 16 steps at a time begin anew before they begin with the first step of a row.
@@ -149,6 +150,7 @@ inline void run_tile_columns(const SkinnyArgs& a, int64_t first, int64_t cols, v
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first;
   const uint16_t* x = static_cast<const uint16_t*>(a.packed);
   Epilogue epilogue = a.epilogue;
+  if (a.depth == 0) memset(sums, 0, size_t(a.rows * ld) * sizeof(float));
   for (int64_t k = 0; k < a.depth; k += block) {
     const int64_t depth = a.depth - k < block ? a.depth - k : block, steps = (depth + kTileK - 1) / kTileK;
     // the next rows, each in one run
