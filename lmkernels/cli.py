@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import types
 import typing
 from dataclasses import fields
 
+BERT = {"objective": "mlm", "block_size": 512, "vocab_size": 30522}
 PRESETS = {
     "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_size": 4096},
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "vocab_size": 8192},
@@ -18,6 +20,8 @@ PRESETS = {
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024, "vocab_size": 50257},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024, "vocab_size": 50257},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257},
+    "bert-base": BERT | {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "bert-large": BERT | {"n_layer": 24, "n_head": 16, "n_embd": 1024},
 }
 BAD_INPUT = (ValueError, TypeError, NotImplementedError, FileNotFoundError, NotADirectoryError)
 
@@ -42,7 +46,7 @@ def fail(error: Exception | str, code: int) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="lmkernels", description="Fast GPT-class models in plain PyTorch.")
+    top = argparse.ArgumentParser(prog="lmkernels", description="Fast GPT- and BERT-class models in plain PyTorch.")
     commands = top.add_subparsers(required=True, metavar="command")
     add_doctor(commands)
     add_pretrain(commands)
@@ -80,14 +84,16 @@ def add_pretrain(commands) -> None:
         commands,
         "pretrain",
         pretrain,
-        "train a GPT on text: tokenizer, tokens, model, checkpoints, log and loss plot",
+        "train a GPT, or a BERT (--objective mlm), on text: tokenizer, tokens, model, checkpoints, log and loss plot",
         epilog="Ctrl-C finishes the step and saves a checkpoint; --resume goes on exactly where a run stopped.",
         argument_default=argparse.SUPPRESS,
     )
     command.add_argument("--out", required=True, metavar="DIR", help="folder for all that the run leaves")
     command.add_argument("--resume", action="store_true", default=False, help="go on from the last checkpoint in --out")
     command.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end, no text")
-    command.add_argument("--preset", choices=PRESETS, default=None, help="sizes; a size given by itself overrides it")
+    command.add_argument(
+        "--preset", choices=PRESETS, default=None, help="sizes; an option given by itself overrides it"
+    )
     add_settings(command, Settings)
 
 
@@ -141,7 +147,7 @@ def run_training(command: str, train, options: dict, arguments) -> int:
     if not result["finished"]:
         step, out = result["step"], arguments.out
         return fail(f"stopped after step {step}; go on with: lmkernels {command} --out {out} --resume", 130)
-    for name in ("accuracy", "precision", "recall", "exact_match", "f1"):
+    for name in ("accuracy", "masked_accuracy", "precision", "recall", "exact_match", "f1"):
         if name in result:
             say(f"{name}: {result[name]:.2f} %")
     say(f"checkpoint: {result['checkpoint']}\nlog: {result['log']}\nplot: {result['plot']}")
@@ -179,14 +185,18 @@ def add_evaluate(commands) -> None:
         commands,
         "evaluate",
         evaluate,
-        "score a model on held-back data: perplexity of a GPT; accuracy, F1 or exact match of a fine-tuned BERT",
+        "score a model on held-back data: perplexity of a GPT, masked accuracy of a pretrained BERT; accuracy, F1 or "
+        "exact match of a fine-tuned one",
         argument_default=argparse.SUPPRESS,
     )
     command.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, or the folder of a run")
     command.add_argument("--data", required=True, metavar="FILE", help="text, or what finetune reads for the task")
     command.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass")
-    command.add_argument("--max-length", type=int, metavar="N", help="tokens per sequence (GPT: of a window)")
+    command.add_argument("--max-length", type=int, metavar="N", help="tokens per sequence, or window of a text")
     command.add_argument("--stride", type=int, metavar="N", help="tokens a GPT window moves on, a BERT window shares")
+    command.add_argument(
+        "--mask-share", type=float, metavar="X", help="pretrained BERT: of a window hidden at a time (0: one token)"
+    )
     command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
     command.add_argument("--quantize", choices=("int8", "int4"), help="GPT: weights in 8 or 4 bits")
     command.add_argument("--device", help="cpu, cuda or auto (default)")
@@ -197,9 +207,8 @@ def add_evaluate(commands) -> None:
 def evaluate(arguments) -> int:
     import torch
 
+    from . import training
     from .models import checkpoint as model_files
-    from .training import evaluate as score
-    from .training import perplexity
     from .training.finetune import find_model
 
     options = dict(vars(arguments))
@@ -210,10 +219,17 @@ def evaluate(arguments) -> int:
             raise ValueError(f"threads must be positive, got {threads}")
         torch.set_num_threads(threads)
     folder = find_model(model)
-    is_gpt = model_files.read_config(folder).get("model_type") == "gpt2"
-    if not is_gpt and options.pop("quantize", None) is not None:
-        raise ValueError("quantize must be left out where the model is not a GPT")
-    result = (perplexity if is_gpt else score)(folder, data, progress=not as_json, **options)
+    config = model_files.read_config(folder)
+    if config.get("model_type") == "gpt2":
+        what, score = "GPT", training.perplexity
+    elif not {"BertForMaskedLM", "BertForPreTraining"}.isdisjoint(config.get("architectures") or ()):
+        what, score = "pretrained BERT", training.pseudo_perplexity
+    else:
+        what, score = "fine-tuned BERT", training.evaluate
+    for name in options:
+        if name not in inspect.signature(score).parameters:
+            raise ValueError(f"{option_name(name)} must be left out where the model is a {what}")
+    result = score(folder, data, progress=not as_json, **options)
     if as_json:
         print(json.dumps(result))
     else:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import BertWordPieceTokenizer, Tokenizer
+from tokenizers.normalizers import BertNormalizer
 
 from .._files import new_folder
 from ..models.checkpoint import save_tensors
@@ -39,6 +40,7 @@ def save(folder: Path, model, tokenizer: Tokenizer, optimizer, progress: Progres
         with new_folder(target) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save(str(temporary / "tokenizer.json"))
+            (temporary / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, model)) + "\n")
             save_tensors(training_tensors(model, optimizer), temporary / "training.safetensors")
             entries = {"progress": asdict(progress), "settings": asdict(settings)}
             (temporary / "training.json").write_text(json.dumps(entries, indent=2) + "\n")
@@ -92,12 +94,32 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return Tokenizer.from_str(file.read_text())
         if vocabulary.is_file():
             file, options = vocabulary, folder / "tokenizer_config.json"
-            lower = json.loads(options.read_text()).get("do_lower_case", True) if options.is_file() else True
-            return BertWordPieceTokenizer(str(vocabulary), lowercase=lower)._tokenizer
+            entries = json.loads(options.read_text()) if options.is_file() else {}
+            return BertWordPieceTokenizer(
+                str(vocabulary),
+                lowercase=entries.get("do_lower_case", True),
+                strip_accents=entries.get("strip_accents"),
+                handle_chinese_chars=entries.get("tokenize_chinese_chars", True),
+            )._tokenizer
     # tokenizers raises a bare Exception for a file it cannot read
     except Exception as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.txt")
+
+
+def tokenizer_config(tokenizer: Tokenizer, model) -> dict:
+    """What transformers' AutoTokenizer takes from tokenizer_config.json: of tokenizer.json it reads the vocabulary and
+    builds the rest anew, for a BERT with small letters unless this says otherwise."""
+    context = getattr(model.config, "n_positions", None) or model.config.max_position_embeddings
+    config = {"model_max_length": context}
+    if isinstance(normalizer := tokenizer.normalizer, BertNormalizer):
+        config |= {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": normalizer.lowercase,
+            "strip_accents": normalizer.strip_accents,
+            "tokenize_chinese_chars": normalizer.handle_chinese_chars,
+        }
+    return config
 
 
 def training_tensors(model, optimizer) -> dict[str, torch.Tensor]:

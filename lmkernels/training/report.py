@@ -50,8 +50,8 @@ def plot_losses(log: Path, image: Path, title: str) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.5, label="training (smoothed)")
     if held_back:
-        axes.plot(*zip(*held_back), color="tab:orange", marker="o", markersize=3.5, label="held-back text")
-    axes.set(xlabel="step", ylabel="cross entropy per token (nats)", title=title)
+        axes.plot(*zip(*held_back), color="tab:orange", marker="o", markersize=3.5, label="held back")
+    axes.set(xlabel="step", ylabel="cross entropy (nats)", title=title)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if train or held_back:

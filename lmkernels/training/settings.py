@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+def option(default, text: str, only: str | None = None):
+    """A field with its help; only: the objective that it belongs to."""
+    return field(default=default, metadata={"help": f"{only}: {text}" if only else text, "only": only})
 
 
 @dataclass
@@ -61,6 +62,7 @@ class RunSettings:
 class Settings(RunSettings):
     """All options of a pretraining run, with defaults that train a small model in minutes on a laptop."""
 
+    objective: str = option("clm", "clm: a GPT predicts the next token; mlm: a BERT predicts hidden tokens")
     corpus: list[str] = field(
         default_factory=list,
         metadata={"help": "text files or folders; default: the source of Python's standard library"},
@@ -68,16 +70,20 @@ class Settings(RunSettings):
     corpus_mb: float | None = option(None, "read at most so many megabytes of the corpus")
     eval_fraction: float = option(0.05, "part of the tokens that is held back for evaluation")
     eval_windows: int = option(64, "sequences per evaluation")
-    vocab_size: int = option(4096, "tokens of the byte-level BPE that is trained on the corpus")
+    vocab_size: int = option(4096, "tokens of the BPE (clm) or WordPiece (mlm) that is trained on the corpus")
     n_layer: int = option(4, "transformer blocks")
     n_head: int = option(4, "attention heads")
     n_embd: int = option(256, "width of the model")
     block_size: int = option(256, "tokens of context")
-    norm: str = option("layer_norm", "layer_norm or rms_norm")
-    position: str = option("learned", "learned or rotary positions")
-    mlp: str = option("plain", "plain or swiglu feed-forward layers")
-    num_kv_heads: int | None = option(None, "heads of keys and values, shared by groups of heads; default: n_head")
-    bias: bool = option(True, "biases in layers and layer norms")
+    norm: str = option("layer_norm", "layer_norm or rms_norm", only="clm")
+    position: str = option("learned", "learned or rotary positions", only="clm")
+    mlp: str = option("plain", "plain or swiglu feed-forward layers", only="clm")
+    num_kv_heads: int | None = option(
+        None, "heads of keys and values, shared by groups of heads; default: n_head", only="clm"
+    )
+    bias: bool = option(True, "biases in layers and layer norms", only="clm")
+    mlm_probability: float = option(0.15, "part of the tokens that is to be predicted", only="mlm")
+    lowercase: bool = option(True, "small letters only, and no accents", only="mlm")
     dropout: float = option(0.0, "dropout probability")
 
     def check(self) -> None:
@@ -89,6 +95,16 @@ class Settings(RunSettings):
             raise ValueError(f"corpus_mb must be positive, got {self.corpus_mb}")
         if not 0 < self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie in (0, 1), got {self.eval_fraction}")
+        if self.objective not in ("clm", "mlm"):
+            raise ValueError(f"objective must be clm or mlm, got {self.objective!r}")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability must lie in (0, 1), got {self.mlm_probability}")
+        if self.objective == "mlm" and self.block_size < 4:
+            raise ValueError(f"block_size must be at least 4 for mlm, got {self.block_size}")
+        for f in fields(self):
+            foreign = f.metadata.get("only") not in (None, self.objective)
+            if foreign and (value := getattr(self, f.name)) != f.default:
+                raise ValueError(f"{f.name} must be left out for objective {self.objective}, got {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head = {self.n_head}, got {self.n_embd}")
 

@@ -11,8 +11,8 @@ import torch
 
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 from lmkernels.training import Settings, pretrain
+from lmkernels.training.causal import Text
 from lmkernels.training.checkpoint import all_in, find, load_tokenizer
-from lmkernels.training.pretrain import Text
 from lmkernels.training.report import read_log
 from lmkernels.training.settings import learning_rate
 from lmkernels.training.trainer import Trainer, adamw
@@ -161,6 +161,14 @@ def test_divergence_stops_the_run_before_the_weights_are_lost(tmp_path, options)
         ({"device": "tpu"}, "device must be auto, cpu or cuda"),
         ({"eval_fraction": 1.0}, r"eval_fraction must lie in \(0, 1\)"),
         ({"block_size": 100_000}, "corpus must have more than 200002 tokens"),
+        ({"objective": "mlm", "block_size": 100_000}, "corpus must have more than 199996 tokens"),
+        ({"objective": "plm"}, "objective must be clm or mlm, got 'plm'"),
+        ({"objective": "mlm", "mlp": "swiglu"}, "mlp must be left out for objective mlm, got 'swiglu'"),
+        ({"objective": "mlm", "bias": False}, "bias must be left out for objective mlm, got False"),
+        ({"lowercase": False}, "lowercase must be left out for objective clm, got False"),
+        ({"objective": "mlm", "mlm_probability": 1.0}, r"mlm_probability must lie in \(0, 1\), got 1.0"),
+        ({"objective": "mlm", "block_size": 3}, "block_size must be at least 4 for mlm, got 3"),
+        ({"objective": "mlm", "vocab_size": 20}, r"vocab_size must be at least \d+ \(5 special tokens, and \d+ char"),
         ({"vocab_size": 100}, "vocab_size must be at least 257"),
     ],
 )
