@@ -115,17 +115,17 @@ def _packed(q, k, v, packing, position_bias, dropout, wants_map, options) -> tup
 
     packing: cu_seqlens_q, cu_seqlens_k, and the greatest lengths, None where they are not known yet
     """
-    if position_bias is not None:
-        raise NotImplementedError(
-            "position_bias is not supported for packed sequences (cu_seq_lens_q and cu_seq_lens_k): pad them instead"
-        )
     cu_seqlens_q, cu_seqlens_k, *longest = packing
-    longest = (
+    longest = [
         int(cu_seqlens.diff().max() if most is None else most)
         for cu_seqlens, most in zip((cu_seqlens_q, cu_seqlens_k), longest, strict=True)
-    )
+    ]
+    bias = None
+    if position_bias is not None:
+        position_bias = _for_scores(position_bias, q).expand(-1, -1, q.shape[1], k.shape[1])
+        bias = _bias_of_each(position_bias, cu_seqlens_q, cu_seqlens_k, *longest)
     tokens = (x.flatten(0, 1) for x in (q, k, v))  # (t, h, d)
-    out = attention_varlen(*tokens, cu_seqlens_q, cu_seqlens_k, *longest, **options, dropout_p=dropout)
+    out = attention_varlen(*tokens, cu_seqlens_q, cu_seqlens_k, *longest, bias=bias, **options, dropout_p=dropout)
     out = out.unflatten(0, q.shape[:2])  # (b, s_q, h, d_v)
     if not wants_map:
         return out, None
@@ -140,7 +140,26 @@ def _packed(q, k, v, packing, position_bias, dropout, wants_map, options) -> tup
         mask = mask & (distance <= left)
     if right >= 0:
         mask = mask & (distance >= -right)
-    return out, attention_weights(q, k, mask=mask, **options)
+    return out, attention_weights(q, k, mask=mask, bias=position_bias, **options)
+
+
+def _bias_of_each(bias: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, most_q: int, most_k: int) -> Tensor:
+    """The bias that all packed sequences share, the upper left corner of `bias`, (1, h, most_q, most_k).
+
+    bias: (1, h, s_q, s_k) of whole rows. One of distances, as T5's, is the same for every sequence, wherever it
+    begins; for any other there is no name to tell the sequences apart by.
+    """
+    bounds = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k))
+    for (i, i_end), (j, j_end) in zip(*(zip(x, x[1:]) for x in bounds), strict=True):
+        rows, columns = i_end - i, j_end - j
+        i, j = i % max(1, bias.shape[2]), j % max(1, bias.shape[3])
+        own = bias[:, :, i : i + rows, j : j + columns]
+        if len(bias) > 1 or not torch.equal(own, bias[:, :, :rows, :columns]):
+            raise NotImplementedError(
+                "position_bias must depend on the distance of a key from its query alone, as T5's does, for packed "
+                "sequences (cu_seq_lens_q and cu_seq_lens_k): pad them instead"
+            )
+    return bias[:, :, :most_q, :most_k]
 
 
 def _places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

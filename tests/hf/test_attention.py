@@ -227,12 +227,47 @@ def test_packed_gradients(tiny):
     close(ours, eager)
 
 
-def test_packed_sequences_with_a_position_bias_are_refused(tiny):
-    model = tiny("t5")
+PACKING = {
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), F.pad(torch.tensor(LENGTHS).cumsum(0), (1, 0)).int()),
+    **dict.fromkeys(("max_length_q", "max_length_k"), max(LENGTHS)),
+}
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_packed_sequences_with_the_bias_of_t5(tiny, part):
+    """Output, maps and gradients, that of the bias's table among them."""
+    model = getattr(tiny("t5"), part)
+    ids = torch.cat(sequences())[None]
+    weights = torch.randn(len(ids[0]), 32, generator=torch.Generator().manual_seed(5))
+    options = {} if part == "encoder" else {"use_cache": False}
+
+    def run(hidden):
+        model.zero_grad()
+        (hidden * weights).sum().backward()
+        return {"hidden": hidden.detach()} | {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    switch(model, "eager")
+    each = [model(x[None], output_attentions=True, **options) for x in sequences()]
+    expected = run(torch.cat([x.last_hidden_state[0] for x in each]))
     switch(model, "lmkernels")
-    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="position_bias is not supported for packed sequences"):
-        model.encoder(IDS[:1], cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=5, max_length_k=5)
+    whole = model(ids, output_attentions=True, **PACKING, **options)
+    found = run(whole.last_hidden_state[0])
+    assert found.keys() == expected.keys() and any("relative_attention_bias" in name for name in found)
+    for name, x in found.items():
+        close(x, expected[name])
+    for layer, maps in enumerate(whole.attentions):
+        blocks = torch.block_diag(*(x.attentions[layer][0, 0] for x in each))
+        close(maps[0, 0], blocks)
+
+
+def test_packed_sequences_take_no_bias_that_tells_their_places():
+    q = torch.randn(1, 2, sum(LENGTHS), 8)
+    bias = torch.arange(float(sum(LENGTHS)))[:, None].expand(1, 2, -1, sum(LENGTHS))
+    with pytest.raises(NotImplementedError, match="position_bias must depend on the distance of a key from its query"):
+        attend(q, q, q, None, position_bias=bias, **PACKING)
+    attend(q, q, q, None, position_bias=torch.zeros(1, 2, 1, 1), **PACKING)
 
 
 # --- masks
