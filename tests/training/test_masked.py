@@ -1,9 +1,11 @@
 """Masked language modelling: what is hidden, the run, and what it leaves for transformers."""
 
+import importlib.util
 import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,6 +295,22 @@ def test_what_was_learnt_is_fine_tuned(run):
     expected = BertForMaskedLM.from_pretrained(find(run[0])).state_dict()
     for name, tensor in model.bert.encoder.state_dict().items():
         assert torch.equal(tensor, expected[f"bert.encoder.{name}"])
+
+
+def test_example_of_a_filled_mask(run, capsys):
+    transformers = pytest.importorskip("transformers")
+    path = Path(__file__).parents[2] / "examples" / "fill_mask.py"
+    spec = importlib.util.spec_from_file_location("fill_mask", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    folder, sentence = find(run[0]), "def [MASK](x): return [MASK]"
+    words = example.main([str(run[0]), sentence, "--top", "3"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    expected = transformers.pipeline("fill-mask", model=str(folder), tokenizer=str(folder), device="cpu", top_k=3)
+    assert words == [[guess["token_str"] for guess in guesses] for guesses in expected(sentence)]
+    with pytest.raises(SystemExit):
+        example.main([str(run[0]), "def f(x):"])
+    assert "the sentence must have a [MASK]" in capsys.readouterr().err
 
 
 def test_command_line(tmp_path, corpus, capsys):
