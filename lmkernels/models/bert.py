@@ -7,7 +7,6 @@ sees (t, d_model) of them, and what a head returns is unpacked at the end, in tr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from ..nn import LayerNorm, Linear
 from ..nn.encoder import is_watched
 from ..ops._checks import autocast
 from ..ops.embed import embed
-from ..ops.linear import linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.norms import layer_norm
 from ..ops.positions import add_positions
@@ -34,7 +32,7 @@ from .outputs import (
     TokenClassifierOutput,
 )
 from .pretrained import PretrainedConfig, PretrainedModel
-from .quantized import QuantizedLinear
+from .project import project
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -52,15 +50,6 @@ ABSENT = (
     "output_attentions",
     "output_hidden_states",
 )
-
-# the activations of `linear`, for layers that it does not compute
-FUNCTIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 @dataclass
@@ -206,16 +195,6 @@ class _WithoutGradientOfRow(torch.autograd.Function):
         return dtable, None
 
 
-def project(module: nn.Module, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-    """activation(module(x)) + residual: inside the kernel, unless the layer has hooks or was exchanged (for LoRA)."""
-    if type(module) in (Linear, QuantizedLinear) and not is_watched(module):
-        return linear(x, module.weight, module.bias, activation=activation, residual=residual)
-    x = module(x)
-    if activation is not None:
-        x = FUNCTIONS[activation](x)
-    return x if residual is None else x + residual
-
-
 class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -309,7 +288,7 @@ class BertPreTrainedModel(PretrainedModel):
     _heads = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
     _renames = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
     _keys_to_ignore_on_load_unexpected = (r"embeddings\.(position|token_type)_ids$",)
-    _no_split_modules = ["BertEmbeddings", "BertLayer"]
+    _no_split_modules = ["BertLayer"]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019) on lmkernels' attention, with Hugging Face's names for weights and arguments."""
 
 import math
+import sys
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,12 @@ from ..ops.linear import linear
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp, swiglu_mlp
 from ..ops.norms import layer_norm, rms_norm
-from ..ops.output_projection import output_projection
 from ..ops.positions import add_positions
 from ..ops.qkv_projection import qkv_projection
+from ..ops.rotary import rotary
 from .outputs import CausalLMOutput
-from .pretrained import PretrainedConfig, PretrainedModel
+from .pretrained import GenerationDefaults, PretrainedConfig, PretrainedModel
+from .project import project, weights_of
 from .steps import step_model
 
 # Hugging Face's names, and those of `mlp`
@@ -194,8 +195,20 @@ class Conv1D(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_in, d_out))
         self.register_parameter("bias", nn.Parameter(torch.empty(d_out)) if bias else None)
 
+    @property
+    def __class__(self):
+        """transformers' Conv1D where that is loaded: peft, which asks isinstance(), adapts no others."""
+        return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", Conv1D)
+
+    def __reduce__(self):
+        # pickle's own way wants type(self) to be self.__class__
+        return Conv1D.__new__, (Conv1D,), self.__dict__
+
     def parameters_of_linear(self):
         return self.weight.t(), self.bias
+
+    def forward(self, x):
+        return linear(x, *self.parameters_of_linear())
 
 
 def norm_of(config: GPT2Config) -> nn.Module:
@@ -225,15 +238,22 @@ class GPT2Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x, residual, mask, cache, rotation):
-        heads = {"num_heads": self.n_head, "num_kv_heads": self.kv_heads}
-        q, k, v = qkv_projection(x, *self.c_attn.parameters_of_linear(), **heads, **rotation)  # (b, s, h or h_kv, d)
+        q, k, v = self.heads(x, rotation)  # (b, s, h or h_kv, d)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (b, s_k, h_kv, d) each
         dropout_p = self.attn_pdrop if self.training else 0.0
         out = attention(q, k, v, causal=True, scale=self.scale, mask=mask, dropout_p=dropout_p)  # (b, s, h, d)
+        out = out.flatten(2)  # (b, s, h d)
         if self.training and self.resid_dropout.p > 0:
-            return residual + self.resid_dropout(output_projection(out, *self.c_proj.parameters_of_linear()))
-        return output_projection(out, *self.c_proj.parameters_of_linear(), residual=residual)
+            return residual + self.resid_dropout(project(self.c_proj, out))
+        return project(self.c_proj, out, residual=residual)
+
+    def heads(self, x, rotation):
+        if (weights := weights_of(self.c_attn)) is not None:
+            return qkv_projection(x, *weights, num_heads=self.n_head, num_kv_heads=self.kv_heads, **rotation)
+        heads = self.c_attn(x).unflatten(-1, (self.n_head + 2 * self.kv_heads, -1))  # (b, s, h + 2 h_kv, d)
+        q, k, v = heads.split((self.n_head, self.kv_heads, self.kv_heads), dim=2)
+        return *((rotary(y, **rotation) for y in (q, k)) if rotation else (q, k)), v
 
 
 class GPT2MLP(nn.Module):
@@ -256,11 +276,15 @@ class GPT2MLP(nn.Module):
         return self.layers(x, residual)
 
     def layers(self, x, residual):
+        inward = (self.c_gate, self.c_up) if self.swiglu else (self.c_fc,)
+        weights = [weights_of(layer) for layer in (*inward, self.c_proj)]
         if self.swiglu:
-            weights = (layer.parameters_of_linear()[0] for layer in (self.c_gate, self.c_up, self.c_proj))
-            return swiglu_mlp(x, *weights, residual=residual)
-        weights = (*self.c_fc.parameters_of_linear(), *self.c_proj.parameters_of_linear())
-        return mlp(x, *weights, activation=self.activation, residual=residual)
+            if None not in weights:
+                return swiglu_mlp(x, *(weight for weight, _ in weights), residual=residual)
+            return project(self.c_proj, project(self.c_gate, x, "silu") * project(self.c_up, x), residual=residual)
+        if None not in weights:
+            return mlp(x, *weights[0], *weights[1], activation=self.activation, residual=residual)
+        return project(self.c_proj, project(self.c_fc, x, self.activation), residual=residual)
 
 
 class GPT2Block(nn.Module):
@@ -335,18 +359,24 @@ class GPT2LMHeadModel(PretrainedModel):
     base_model_prefix = "transformer"
     # tells Hugging Face's Trainer that forward shifts the labels
     loss_type = "ForCausalLM"
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **arguments) -> dict:
+        """What forward takes of a step; peft wants every causal model to have it, `generate` does not ask."""
+        return {"input_ids": input_ids, **arguments}
+
     generate = generate
     step_model = step_model
     _input_embeddings = "wte"
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_load_unexpected = (r"\.attn\.(masked_)?bias$",)
     _heads = ("lm_head.", "score.", "classifier.", "multiple_choice_head.")
+    _no_split_modules = ["GPT2Block"]
 
     def __init__(self, config: GPT2Config):
         super().__init__(config)
         self.transformer = GPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.generation_config = SimpleNamespace(
+        self.generation_config = GenerationDefaults(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         )
         self.post_init()

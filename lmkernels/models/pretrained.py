@@ -56,6 +56,14 @@ class PretrainedConfig:
         return {"model_type": self.model_type, **asdict(self)}
 
 
+class GenerationDefaults(SimpleNamespace):
+    """The entries of a generation_config.json as attributes."""
+
+    def to_diff_dict(self) -> dict:
+        """Those that are set, under the name by which Hugging Face's pipelines ask for them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 class PretrainedModel(nn.Module):
     """A model with Hugging Face's parameter names that reads and writes Hugging Face's checkpoints.
 
@@ -91,8 +99,12 @@ class PretrainedModel(nn.Module):
             raise TypeError(f"config must be a {self.config_class.__name__}, got {type(config).__name__}")
         self.config = config
         # what `generate` takes unless the call says otherwise; Hugging Face's generation_config.json
-        self.generation_config: SimpleNamespace | None = None
+        self.generation_config: GenerationDefaults | None = None
         self.quantization: str | None = None
+
+    def can_generate(self) -> bool:
+        """Whether the model has a `generate`: Hugging Face's pipelines ask."""
+        return hasattr(self, "generate")
 
     def post_init(self) -> None:
         """Initialises every module, then ties what is tied: the end of a subclass's __init__."""
@@ -270,7 +282,7 @@ class PretrainedModel(nn.Module):
         if quantize and not packed:
             quantized.quantize(model, quantize)
         if generation_config is not None and model.generation_config is not None:
-            model.generation_config = SimpleNamespace(**generation_config)
+            model.generation_config = GenerationDefaults(**generation_config)
         return model.eval()
 
     def _match(self, weights: Weights) -> tuple[dict[str, str], set[str]]:
