@@ -78,8 +78,8 @@ def evaluate(
     data: str | Path,
     *,
     batch_size: int = 16,
-    max_length: int = 384,
-    stride: int = 128,
+    max_length: int | None = None,
+    stride: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: str = "auto",
     progress: bool = False,
@@ -88,15 +88,22 @@ def evaluate(
 
     model: a folder (a checkpoint, or what a run has left), or a name on the Hugging Face hub
     data: a file in the format that the model's task reads
+    max_length: tokens per sequence. None is 384, or what the model has room for
+    stride: tokens that two windows of a question's context share. None is 128, or a third of max_length
     Raises ValueError where the checkpoint is for none of the tasks or the data does not fit.
     """
     check_scorers()
     folder = find_model(model)
-    names = model_files.read_config(folder).get("architectures") or ["none"]
+    config = model_files.read_config(folder)
+    names = config.get("architectures") or ["none"]
     task = next((task for task in TASKS.values() if task.MODEL in names), None)
     if task is None:
         wanted = ", ".join(task.MODEL for task in TASKS.values())
         raise ValueError(f"model must be one of {wanted}, got {names[0]} in {str(folder)!r}")
+    if max_length is None:
+        max_length = min(FinetuneSettings.max_length, config.get("max_position_embeddings", math.inf))
+    if stride is None:
+        stride = max(1, min(FinetuneSettings.stride, max_length // 3))
     settings = FinetuneSettings(
         batch_size=batch_size, max_length=max_length, stride=stride, device=device, threads=torch.get_num_threads()
     )

@@ -321,6 +321,10 @@ def test_command_line(tmp_path, files, bert, gpt, capsys):
     assert result["finished"] and {"accuracy", "f1", "checkpoint"} <= result.keys()
     assert main(["evaluate", "--model", out, "--data", data, "--max-length", "16", "--stride", "4"]) == 0
     assert "accuracy: " in capsys.readouterr().out
+    long = tmp_path / "long.tsv"
+    long.write_text("the film was good " * 40 + "\tgood\n")
+    assert main(["evaluate", "--model", out, "--data", str(long)]) == 0  # cut to what the model has room for
+    assert "examples: 1\n" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text("anna lives in berlin.")
     assert main(["evaluate", "--model", str(gpt), "--data", str(tmp_path / "text.txt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
