@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,15 +14,32 @@ from ..ops.quantize_weight import QuantizedWeight, quantize_weight
 from ..ops.rotary import rotary_tables
 
 
-def on_the_cpu(make: Callable) -> Callable:
-    """The values are the same for every device: they are drawn on the CPU, whatever device is torch's default."""
+def drawn_on_the_cpu(make: Callable) -> Callable:
+    """What it makes lies on torch's default device; drawn on the CPU, the values are the same for every device."""
 
     @functools.wraps(make)
     def made(*arguments, **options):
+        device = torch.get_default_device()
         with torch.device("cpu"):
-            return make(*arguments, **options)
+            return moved(make(*arguments, **options), device)
 
     return made
+
+
+def moved(x, device: torch.device):
+    """x, or the tensors in its tuples, lists, dicts and dataclasses, on `device`; their strides stay, gaps and all."""
+    if isinstance(x, Tensor):
+        if x.device == device:
+            return x
+        memory = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+        return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+    if isinstance(x, dict):
+        return {name: moved(value, device) for name, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(moved(value, device) for value in x)
+    if is_dataclass(x):
+        return replace(x, **{field.name: moved(getattr(x, field.name), device) for field in fields(x)})
+    return x
 
 
 _FLOAT_OPTIONS = ("bias", "alibi_slopes", "sink")
@@ -101,13 +118,13 @@ class AttentionCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> AttentionInputs:
-        """Standard normal q, k, v, dout and dlse (the same for every device), and the options that the case names."""
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> AttentionInputs:
+        """Standard normal q, k, v, dout and dlse, and the options that the case names."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator).to(dtype)
 
         q, k, v = self._qkv(normal)
         options_dtype = torch.promote_types(dtype, torch.float32) if self.float32_options else dtype
@@ -116,28 +133,28 @@ class AttentionCase:
             mask = torch.rand(self._broadcast(self.mask), generator=generator) < 0.7
             if "q" in self.mask:
                 mask[..., self.s_q // 2 : self.s_q // 2 + 1, :] = False
-            options["mask"] = mask.to(device)
+            options["mask"] = mask
         if self.bias is not None:
             bias = torch.randn(self._broadcast(self.bias), generator=generator)
             if self.bias_hides:
                 bias[torch.rand(bias.shape, generator=generator) < 0.1] = float("-inf")
                 if "q" in self.bias:
                     bias[..., :1, :] = float("-inf")
-            options["bias"] = bias.to(device, options_dtype)
+            options["bias"] = bias.to(options_dtype)
         if self.alibi is not None:
             slopes = 2.0 ** -torch.linspace(1, 8, self.h)  # (h,)
             if self.alibi == "bh":
                 slopes = slopes * torch.randn(self.b, 1, generator=generator)  # (b, h)
-            options["alibi_slopes"] = slopes.to(device, options_dtype)
+            options["alibi_slopes"] = slopes.to(options_dtype)
         if self.sink:
-            options["sink"] = torch.randn(self.h, generator=generator).to(device, options_dtype)
+            options["sink"] = torch.randn(self.h, generator=generator).to(options_dtype)
         if self.kv_lengths:
-            options["kv_lengths"] = torch.tensor(self.kv_lengths, dtype=torch.int32, device=device)
+            options["kv_lengths"] = torch.tensor(self.kv_lengths, dtype=torch.int32)
         if self.dropout_p > 0:
             options |= {"dropout_p": self.dropout_p, "seed": 0x1234_5678_9ABC_DEF0 + seed}
         dout = normal(*q.shape[:3], v.shape[3])
         dlse = torch.randn(self.b, self.h, self.s_q, generator=generator)
-        return AttentionInputs(q, k, v, dout, dlse.to(device, torch.promote_types(dtype, torch.float32)), options)
+        return AttentionInputs(q, k, v, dout, dlse.to(torch.promote_types(dtype, torch.float32)), options)
 
     def visible_pairs(self) -> int:
         """How many of the s_q * s_k scores of one head the triangle and the window leave; for counting FLOPs."""
@@ -324,15 +341,15 @@ class AttentionVarlenCase:
     def __str__(self) -> str:
         return self.padded.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> AttentionInputs:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> AttentionInputs:
         """q (t_q, h, d), dout (t_q, h, d_v), dlse (h, t_q), and k and v (t_k, ...); cu_seqlens are options."""
-        padded = self.padded.make(dtype, seed, device)
+        padded = self.padded.make(dtype, seed)
         q, dout, dlse = (pack(x, self.lengths_q) for x in (padded.q, padded.dout, padded.dlse.transpose(1, 2)))
         k, v = (pack(x, self.lengths_k) for x in (padded.k, padded.v))
         lengths = {
-            "cu_seqlens_q": cu_seqlens(self.lengths_q).to(device),
-            "cu_seqlens_k": cu_seqlens(self.lengths_k).to(device),
+            "cu_seqlens_q": cu_seqlens(self.lengths_q),
+            "cu_seqlens_k": cu_seqlens(self.lengths_k),
             "max_seqlen_q": self.padded.s_q,
             "max_seqlen_k": self.padded.s_k,
         }
@@ -458,8 +475,8 @@ class RotaryCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], dict]:
         """The tensors x, cos and sin, and the other arguments."""
         generator = torch.Generator().manual_seed(seed)
         b, d_rot = self.b or 1, self.d if self.d_rot is None else self.d_rot
@@ -471,10 +488,10 @@ class RotaryCase:
         if self.positions is not None:
             shape = tuple(b if axis == "b" else self.s for axis in self.positions)
             positions = torch.randint(self.s + 5, shape, generator=generator)
-            options["positions"] = positions.to(device, torch.int64 if self.wide_positions else torch.int32)
+            options["positions"] = positions.to(torch.int64 if self.wide_positions else torch.int32)
         x = (x if self.b else x[0]).to(dtype)
         tensors = {"x": x, "cos": angles.cos().to(table_dtype), "sin": angles.sin().to(table_dtype)}
-        return {name: tensor.to(device) for name, tensor in tensors.items()}, options
+        return tensors, options
 
 
 def _laid_out(layout: str, b: int, s: int, h: int, d: int, generator: torch.Generator) -> Tensor:
@@ -555,8 +572,8 @@ class EmbedCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[dict[str, Tensor], list[str]]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], list[str]]:
         """The arguments of `embed`, and the names of its tables."""
         generator = torch.Generator().manual_seed(seed)
         ids_dtype = torch.int64 if self.wide_ids else torch.int32
@@ -564,7 +581,7 @@ class EmbedCase:
 
         def ids(axes: str, size: int) -> Tensor:
             shape = tokens if "b" in axes else (self.s,)
-            return torch.randint(size, shape, generator=generator).to(device, ids_dtype)
+            return torch.randint(size, shape, generator=generator).to(ids_dtype)
 
         token_ids = ids("bs", self.vocab)
         token_ids[torch.rand(tokens, generator=generator) < self.repeated] = self.vocab // 2
@@ -578,18 +595,17 @@ class EmbedCase:
             inputs["type_table"] = self._table(3, beside, generator)
             if self.types:
                 inputs["type_ids"] = ids(self.types, 3)
-        inputs = {name: x.to(device) for name, x in inputs.items()}
         return inputs, [name for name in inputs if name.endswith("_table")]
 
-    @on_the_cpu
-    def make_added(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+    @drawn_on_the_cpu
+    def make_added(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         """The tensors of `add_positions`."""
-        inputs, _ = replace(self, positions=self.positions or "", types=None).make(dtype, seed, device)
+        inputs, _ = replace(self, positions=self.positions or "", types=None).make(dtype, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         tokens = tuple(inputs["token_ids"].shape)
         x = torch.randn(*tokens, 2 * self.d, generator=generator)
         x = x[..., ::2] if self.layout == "strided" else x[..., : self.d]
-        added = {"x": x.to(device, dtype), "table": inputs["position_table"]}
+        added = {"x": x.to(dtype), "table": inputs["position_table"]}
         return added | ({"positions": inputs["positions"]} if "positions" in inputs else {})
 
     def _table(self, n: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -646,8 +662,8 @@ class LinearCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -663,7 +679,7 @@ class LinearCase:
         inputs = {"x": normal(*self.lead, self.d_in), "weight": weight}
         if self.bias:
             inputs["bias"] = normal(self.d_out)
-        return {name: x.to(device) for name, x in inputs.items()}
+        return inputs
 
 
 LINEAR = [
@@ -706,18 +722,18 @@ class QKVCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple[dict[str, Tensor], dict]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict]:
         rows = (self.h + 2 * self.h_kv) * self.d
-        inputs = LinearCase(self.name, (self.b, self.s), self.d_model, rows).make(dtype, device=device)
+        inputs = LinearCase(self.name, (self.b, self.s), self.d_model, rows).make(dtype)
         options = {"num_heads": self.h, "num_kv_heads": self.h_kv, "interleaved": self.interleaved}
         if self.rotated:
             length = self.s + 20
             angle = torch.arange(length)[:, None] * 10000 ** -torch.linspace(0, 1, self.rotated // 2)
-            options |= {"cos": angle.cos().to(device), "sin": angle.sin().to(device)}
+            options |= {"cos": angle.cos(), "sin": angle.sin()}
         if self.positions:
             generator = torch.Generator().manual_seed(0)
-            options["positions"] = torch.randint(length, (self.b, self.s), generator=generator).to(device)
+            options["positions"] = torch.randint(length, (self.b, self.s), generator=generator)
         return inputs, options
 
 
@@ -747,13 +763,13 @@ class NormCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         """x, and where the case has them residual, weight and bias; normal, the weight about 1."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, dtype: torch.dtype = dtype, mean: float = 0.0) -> Tensor:
-            return (torch.randn(shape, generator=generator) + mean).to(device, dtype)
+            return (torch.randn(shape, generator=generator) + mean).to(dtype)
 
         def rows(dtype: torch.dtype, mean: float = 0.0) -> Tensor:
             *lead, d = self.shape
@@ -847,7 +863,7 @@ class DecodeCase:
     def tokens_new(self) -> int:
         return self.s_q if self.s_new is None else self.s_new
 
-    @on_the_cpu
+    @drawn_on_the_cpu
     def make(self, dtype: torch.dtype, seed: int = 0) -> dict:
         """Arguments of `attention_decode`. Cache rows that hold no token are NaN."""
         generator = torch.Generator().manual_seed(seed)
@@ -1146,15 +1162,15 @@ class SoftmaxCase:
     def __str__(self) -> str:
         return self.name
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Tensor]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         """x."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(self.shape, generator=generator) * self.scale
         if self.hidden > 0:
             x[torch.rand(self.shape, generator=generator) < self.hidden] = float("-inf")
             x.movedim(self.dim, -1)[..., 1, :] = float("-inf")
-        x = x.to(device, dtype)
+        x = x.to(dtype)
         if self.gaps:
             padded = x.new_full((*self.shape[:-1], self.shape[-1] + 3), float("nan"))
             padded[..., 2:-1] = x
@@ -1231,8 +1247,8 @@ class LossCase:
         names = ("reduction", "softcap", "z_loss", "label_smoothing")
         return {name: getattr(self, name) for name in names}
 
-    @on_the_cpu
-    def make(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+    @drawn_on_the_cpu
+    def make(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """hidden, weight, labels and, where the case has one, bias."""
         generator = torch.Generator().manual_seed(0)
 
@@ -1249,7 +1265,7 @@ class LossCase:
         inputs = {"hidden": normal(self.t, self.d).to(dtype), "weight": weight.to(dtype).to(wide), "labels": labels}
         if self.bias:
             inputs["bias"] = normal(self.vocab).to(wide)
-        return {name: x.to(device) for name, x in inputs.items()}
+        return inputs
 
 
 # A panel of tokens is 4 to 64 wide, a block of the vocabulary a multiple of 96, a slice of the depth 768 or 1536 deep;

@@ -25,11 +25,11 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def samples(case: cases.AttentionCase, dtype: torch.dtype, device: str) -> list[cases.AttentionInputs]:
+def samples(case: cases.AttentionCase, dtype: torch.dtype) -> list[cases.AttentionInputs]:
     """Several inputs where a result has so few elements (sink: 4) that the error of one of them is chance."""
-    first = case.make(dtype, device=device)
+    first = case.make(dtype)
     smallest = min(x.numel() for x in (first.dlse, *first.differentiable().values()))
-    return [first, *(case.make(dtype, seed, device) for seed in range(1, min(8, math.ceil(64 / smallest))))]
+    return [first, *(case.make(dtype, seed) for seed in range(1, min(8, math.ceil(64 / smallest))))]
 
 
 def stacked(results: list[dict]) -> dict:
@@ -38,8 +38,8 @@ def stacked(results: list[dict]) -> dict:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.ATTENTION, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs = samples(case, dtype, device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    inputs = samples(case, dtype)
     actual = stacked([numerics.attention_results(attention, x, backend=backend) for x in inputs])
     golden = stacked([numerics.golden_attention(x) for x in inputs])
     plain = stacked([numerics.plain_attention_results(x) for x in inputs])
@@ -67,9 +67,9 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
     ],
     ids=str,
 )
-def test_what_is_hidden_gets_exact_zeros(case, backend, device):
+def test_what_is_hidden_gets_exact_zeros(case, backend):
     """A query that sees no key: out 0, lse -inf, dq 0. A key that no query sees: dk 0, dv 0."""
-    inputs = case.make(torch.float32, device=device)
+    inputs = case.make(torch.float32)
     actual = numerics.attention_results(attention, inputs, backend=backend)
     options = inputs.options
     _, visible = scores_and_visible(
@@ -132,9 +132,9 @@ def random_cases(draw) -> cases.AttentionCase:
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(case=random_cases())
-def test_any_combination_of_features_is_right(dtype, backend, device, case):
+def test_any_combination_of_features_is_right(dtype, backend, case):
     """Such small results differ in accuracy by chance, so it is not measured here: an error would be a wrong number."""
-    inputs = case.make(dtype, device=device)
+    inputs = case.make(dtype)
     actual, golden = numerics.attention_results(attention, inputs, backend=backend), numerics.golden_attention(inputs)
     tolerance = torch.finfo(dtype).eps * (8 if dtype.itemsize == 2 else 64)
     for name, wanted in golden.items():

@@ -50,12 +50,12 @@ def stacked(results: list[dict]) -> dict:
 
 
 @cache
-def expected_results(case: cases.AttentionVarlenCase, dtype: torch.dtype, device: str):
+def expected_results(case: cases.AttentionVarlenCase, dtype: torch.dtype):
     """Inputs, the results in float64 and those of plain torch, the same for every backend.
 
     Several inputs: some results (sink, bias of one element) have so few elements that the error of one is chance.
     """
-    inputs = [case.make(dtype, seed, device) for seed in range(4)]
+    inputs = [case.make(dtype, seed) for seed in range(4)]
     golden = stacked([numerics.golden_attention(x, attention_varlen) for x in inputs])
     plain = stacked([numerics.plain_attention_results(x, attention_varlen) for x in inputs])
     return inputs, golden, plain
@@ -66,8 +66,8 @@ def expected_results(case: cases.AttentionVarlenCase, dtype: torch.dtype, device
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.ATTENTION_VARLEN, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs, golden, plain = expected_results(case, dtype, device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    inputs, golden, plain = expected_results(case, dtype)
     actual = stacked([numerics.attention_results(attention_varlen, x, backend=backend) for x in inputs])
     assert {name: x.dtype for name, x in actual.items()} == {
         "out": dtype,
@@ -85,9 +85,9 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 
 @pytest.mark.parametrize("case", cases.ATTENTION_VARLEN, ids=str)
-def test_the_definition_is_attention_of_one_sequence_after_the_other(case, device):
+def test_the_definition_is_attention_of_one_sequence_after_the_other(case):
     """The reference pads; in float64 that must not show. (In it, sequences do not depend on each other.)"""
-    inputs = case.make(torch.float64, device=device)
+    inputs = case.make(torch.float64)
     actual = numerics.attention_results(attention_varlen, inputs, backend="reference")
     expected = numerics.attention_results(numerics.plain_attention_varlen, inputs)
     for name in expected:

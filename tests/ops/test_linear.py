@@ -61,8 +61,8 @@ def check(inputs, dtype, backend, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.LINEAR, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs = case.make(dtype, device=device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    inputs = case.make(dtype)
     if dtype == torch.float64 and max(case.d_in, case.d_out) > 1000:
         # torch's float64 product of such a depth, which would be the golden one, errs more than ours does
         actual = numerics.results(linear, inputs, inputs, backend=backend)
@@ -74,10 +74,10 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_with_and_without_a_residual(activation, dtype, backend, device):
-    inputs = cases.LinearCase("activations", (50,), 70, 90).make(dtype, device=device)
+def test_every_activation_with_and_without_a_residual(activation, dtype, backend):
+    inputs = cases.LinearCase("activations", (50,), 70, 90).make(dtype)
     check(inputs, dtype, backend, activation=activation)
-    inputs["residual"] = torch.randn(50, 90, device=device).to(dtype)
+    inputs["residual"] = torch.randn(50, 90).to(dtype)
     check(inputs, dtype, backend, activation=activation)
 
 
@@ -96,14 +96,12 @@ def test_the_instruction_sets_of_this_cpu_are_as_accurate(rerun_on_isa):
     bias=st.booleans(),
     residual=st.booleans(),
 )
-def test_random_shapes_and_layouts_are_right(
-    dtype, backend, device, rows, d_in, d_out, layout, activation, bias, residual
-):
+def test_random_shapes_and_layouts_are_right(dtype, backend, rows, d_in, d_out, layout, activation, bias, residual):
     """So few elements differ in accuracy by chance: an error here would be a wrong number."""
     case = cases.LinearCase("random", (rows,), d_in, d_out, layout=layout, bias=bias)
-    inputs = case.make(dtype, device=device)
+    inputs = case.make(dtype)
     if residual:
-        inputs["residual"] = torch.randn(rows, d_out, device=device).to(dtype)
+        inputs["residual"] = torch.randn(rows, d_out).to(dtype)
     actual = numerics.results(linear, inputs, inputs, activation=activation, backend=backend)
     wide = numerics.in_dtype(inputs, torch.float64)
     golden = numerics.results(linear, wide, inputs, activation=activation, backend="reference")

@@ -60,8 +60,8 @@ def gradients_of(function, inputs, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("case", cases.LINEAR_CROSS_ENTROPY, ids=str)
-def test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs = case.make(dtype, device)
+def test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    inputs = case.make(dtype)
     numerics.assert_op_as_accurate(
         lambda **arguments: linear_cross_entropy(**arguments, backend=backend),
         lambda **arguments: linear_cross_entropy(**arguments, backend="reference"),
@@ -75,11 +75,11 @@ def test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_triton_adds_up_chunks_of_tokens(dtype, triton, device, monkeypatch):
+def test_triton_adds_up_chunks_of_tokens(dtype, triton, monkeypatch):
     monkeypatch.setattr(api.BACKENDS[triton], "CHUNK", 1)
     options = {"reduction": "none", "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.3}
     case = cases.LossCase("", 150, 70, 20, bias=True, float32_weight=True, transposed=True, **options)
-    test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, triton, device)
+    test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, triton)
 
 
 @pytest.mark.parametrize("case", cases.LINEAR_CROSS_ENTROPY, ids=str)

@@ -57,8 +57,8 @@ def differentiable(norm, inputs: dict) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("case", cases.NORM, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(norm, case, dtype, backend, device):
-    inputs = case.make(dtype, device=device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(norm, case, dtype, backend):
+    inputs = case.make(dtype)
     numerics.assert_op_as_accurate(
         partial(norm, backend=backend),
         partial(norm, backend="reference"),
@@ -76,12 +76,12 @@ def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_o
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", [(37, 100), (3, 260)], ids=str)
-def test_triton_takes_long_rows_in_blocks(norm, shape, dtype, triton, device, monkeypatch):
+def test_triton_takes_long_rows_in_blocks(norm, shape, dtype, triton, monkeypatch):
     """As those that do not fit in registers."""
     backend = api.BACKENDS[triton]
     for name, value in {"LONGEST_FWD": 64, "LONGEST_BWD": 64, "LONG": {"COLS": 64, "num_warps": 1}}.items():
         monkeypatch.setattr(backend, name, value)
-    inputs = cases.NormCase("", shape, residual="same", mean=30.0).make(dtype, device=device)
+    inputs = cases.NormCase("", shape, residual="same", mean=30.0).make(dtype)
     numerics.assert_op_as_accurate(
         partial(norm, backend=triton),
         partial(norm, backend="reference"),

@@ -44,8 +44,8 @@ def reference(*arguments, **options):
     return qkv_projection(*arguments, **options | {"backend": "reference"})
 
 
-def check(case, dtype, backend, device):
-    inputs, options = case.make(dtype, device=device)
+def check(case, dtype, backend):
+    inputs, options = case.make(dtype)
 
     def plain(x, weight, bias, backend=None, **options):
         return plain_qkv(x, weight, bias, **options)
@@ -57,8 +57,8 @@ def check(case, dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.QKV, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    check(case, dtype, backend, device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    check(case, dtype, backend)
 
 
 def test_the_instruction_sets_of_this_cpu_are_as_accurate(rerun_on_isa):

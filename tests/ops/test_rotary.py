@@ -41,8 +41,8 @@ def as_hugging_face_writes_it(x, cos, sin, interleaved=False, positions=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.ROTARY, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    tensors, options = case.make(dtype, device=device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    tensors, options = case.make(dtype)
 
     def function(x, cos, sin, **options):
         out = rotary(x, cos, sin, backend=backend, **options)

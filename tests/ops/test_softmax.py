@@ -27,8 +27,8 @@ def plain(x, dim):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("case", cases.SOFTMAX, ids=str)
-def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend, device):
-    inputs = case.make(dtype, device=device)
+def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
+    inputs = case.make(dtype)
     numerics.assert_op_as_accurate(
         partial(softmax, backend=backend),
         partial(softmax, backend="reference"),
@@ -43,7 +43,7 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("hidden", [0.0, 0.9])
-def test_triton_takes_long_rows_in_blocks(hidden, dtype, triton, device, monkeypatch):
+def test_triton_takes_long_rows_in_blocks(hidden, dtype, triton, monkeypatch):
     """As those that do not fit in registers; of some columns of the blocks, all is -inf."""
     monkeypatch.setattr(api.BACKENDS[triton], "LONGEST", 64)
     monkeypatch.setattr(api.BACKENDS[triton], "LONG", {"COLS": 64, "num_warps": 1})
@@ -51,7 +51,7 @@ def test_triton_takes_long_rows_in_blocks(hidden, dtype, triton, device, monkeyp
         partial(softmax, backend=triton),
         partial(softmax, backend="reference"),
         lambda x: torch.softmax(x, -1).nan_to_num(),
-        cases.SoftmaxCase("", (7, 300), hidden=hidden).make(dtype, device=device),
+        cases.SoftmaxCase("", (7, 300), hidden=hidden).make(dtype),
         ["x"] if hidden == 0 else [],
         dtype=dtype,
     )
