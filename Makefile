@@ -1,5 +1,6 @@
 # make install   .venv with everything in it, and the CPU kernels built into lmkernels/
 # make test      the whole test suite
+# make gpu       the same suite, and benchmarks, on an NVIDIA GPU
 # make demo      train a small GPT, let it write, and compare with plain torch on this machine
 #
 # Each starts with what `make install` does, and that does nothing when it has been done. Only the first one needs a
@@ -17,7 +18,7 @@ CXX_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*.h tests/gpu/emulated/*)
 # torch's build looks for ninja here
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install test test-gpu-compile test-other-torch demo bench lint format clean
+.PHONY: install test test-gpu-compile test-other-torch demo bench gpu lint format clean
 
 install: $(VENV)/installed lmkernels/_C.so
 
@@ -54,6 +55,12 @@ demo: install
 
 bench: install
 	$(VENV)/bin/python -m benchmarks $(ARGS)
+
+# On a machine with a GPU: tests and benchmarks of its kernels, ten minutes. GPU_PYTHON is one whose torch has CUDA, as
+# `$(PYTHON) -m benchmarks.gpu` needs nothing that `make install` makes: it builds the library itself.
+GPU_PYTHON ?= $(PYTHON)
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: install
 	$(VENV)/bin/ruff check

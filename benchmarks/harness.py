@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.metadata
 import math
 import os
 import platform
@@ -23,6 +25,11 @@ REPOSITORY = Path(__file__).parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A sample shorter than this says more about the clock than about the function.
 SHORTEST_SAMPLE = 1e-3
+# More than any GPU's second-level cache holds; to fill it takes a GPU longer than most calls take to be launched.
+FLUSHED_BYTES = 2**29
+
+# Where the functions that are timed compute. benchmarks.gpu sets it once, for its whole process.
+device = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float, leas
     """Times the functions in turn, A B A B ..., for about `seconds` in all and at least `least` times each.
 
     So whatever else the machine does falls on all of them alike. Each is called before until its time is known, which
-    warms caches and threads up; a short one is called several times per sample.
+    warms caches and threads up; a short one is called several times per sample. On a GPU each call finds the caches
+    without its data.
     """
     repeats = {name: _repeats(function) for name, function in functions.items()}
     samples = {name: [] for name in functions}
@@ -71,10 +79,30 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float, leas
 
 
 def _time(function: Callable[[], object], repeats: int) -> float:
+    if device.type == "cuda":
+        return _time_on_gpu(function, repeats)
     start = time.perf_counter()
     for _ in range(repeats):
         function()
     return (time.perf_counter() - start) / repeats
+
+
+def _time_on_gpu(function: Callable[[], object], repeats: int) -> float:
+    """Between events of the stream: what the CPU takes to launch a call counts where the GPU has to wait for it."""
+    other_data = _flushed()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        other_data.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3 / repeats
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
 
 def _repeats(function: Callable[[], object]) -> int:
@@ -90,9 +118,9 @@ def _repeats(function: Callable[[], object]) -> int:
 class Ceilings:
     """The best that torch reaches on this machine: the measure for a share, taken in the same run."""
 
-    matmul: dict[str, float]  # FLOP/s by dtype, 2048 x 2048 x 2048
-    read: float  # bytes/s of a sum over 512 MB
-    copy: float  # bytes/s, read and written, of a copy of 256 MB
+    matmul: dict[str, float]  # FLOP/s by dtype, 2048 x 2048 x 2048; on a GPU 8192 x 8192 x 8192
+    read: float  # bytes/s of a sum over 512 MB; on a GPU 4 GB
+    copy: float  # bytes/s, read and written, of a copy of half of that
 
     def seconds(self, dtype: str, flops: float, bytes_read: float, bytes_written: float = 0.0) -> float:
         """The time that neither the arithmetic nor the memory allows to beat."""
@@ -101,28 +129,32 @@ class Ceilings:
 
     def rows(self) -> list[dict]:
         """For the table that the shares stand in."""
-        matmuls = [
-            {"name": f"ceiling, {dtype} matmul", "GFLOP/s": round(rate / 1e9, 1)} for dtype, rate in self.matmul.items()
-        ]
-        memory = [
-            {"name": f"ceiling, {name}", "GB/s": round(getattr(self, name) / 1e9, 1)} for name in ("read", "copy")
-        ]
+        matmuls = [{"name": f"ceiling, {dtype} matmul", **flop_rate(rate)} for dtype, rate in self.matmul.items()]
+        memory = [{"name": f"ceiling, {name}", **byte_rate(getattr(self, name))} for name in ("read", "copy")]
         return [*matmuls, *memory]
 
 
+def flop_rate(rate: float) -> dict[str, float]:
+    return {"TFLOP/s": round(rate / 1e12, 2)} if device.type == "cuda" else {"GFLOP/s": round(rate / 1e9, 1)}
+
+
+def byte_rate(rate: float) -> dict[str, float]:
+    return {"TB/s": round(rate / 1e12, 3)} if device.type == "cuda" else {"GB/s": round(rate / 1e9, 1)}
+
+
 def measure_ceilings(dtypes: Iterable[str], seconds: float = 1.0) -> Ceilings:
-    n = 2048
+    n, numbers = (8192, 2**30) if device.type == "cuda" else (2048, 2**27)
     matmul = {}
     for dtype in dict.fromkeys(["float32", *dtypes]):
-        a, b = (torch.randn(n, n).to(DTYPES[dtype]) for _ in "ab")
+        a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in "ab")
         functions = {"torch": lambda a=a, b=b: a @ b}
-        if dtype == "float32" and torch.backends.mkldnn.is_available():
+        if dtype == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
             # a @ b goes to MKL, which does badly on some CPUs; oneDNN does not
             functions["oneDNN"] = lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         best = min(timing.p10 for timing in interleaved(functions, seconds).values())
         matmul[dtype] = 2 * n**3 / best
-    x = torch.ones(2**27)
-    half, other = x[: 2**26], x[2**26 :]
+    x = torch.ones(numbers, device=device)
+    half, other = x.chunk(2)
     memory = interleaved({"sum": x.sum, "copy": lambda: half.copy_(other)}, seconds)
     return Ceilings(matmul, x.nbytes / memory["sum"].p10, x.nbytes / memory["copy"].p10)
 
@@ -143,6 +175,7 @@ class Line:
     flops: float = 0.0
     bytes_read: float = 0.0
     bytes_written: float = 0.0
+    tokens: int = 0  # of one call, where tokens per second say more than milliseconds
 
     @property
     def name(self) -> str:
@@ -164,8 +197,7 @@ def measure(lines: list[Line], options: Options) -> list[dict]:
         if error := line.wrong():
             rows.append({"name": line.name, "error": error})
             continue
-        timings = interleaved(line.competitors(), options.seconds)
-        row = _figures(line, timings, ceilings)
+        row = figures(line, interleaved(line.competitors(), options.seconds), ceilings)
         ratios.setdefault((line.group, line.dtype, line.direction), []).append(row["ratio"])
         rows.append({"name": line.name, **row})
     means = [
@@ -176,30 +208,34 @@ def measure(lines: list[Line], options: Options) -> list[dict]:
     return rows + means + ceilings.rows()
 
 
-def _figures(line: Line, timings: dict[str, Timing], ceilings: Ceilings) -> dict:
+def figures(line: Line, timings: dict[str, Timing], ceilings: Ceilings) -> dict:
     ours, *peers = timings.values()
-    figures = {
+    row = {
         "unit": "ms",
         "ours": round(ours.median * 1e3, 4),
         "p10": round(ours.p10 * 1e3, 4),
         "p90": round(ours.p90 * 1e3, 4),
         **{name: round(timing.median * 1e3, 4) for name, timing in timings.items() if name != "ours"},
-        "ratio": round(peers[0].median / ours.median, 2),
     }
+    if peers:
+        row["ratio"] = round(peers[0].median / ours.median, 2)
     if len(peers) > 1:
-        figures["best peer"] = round(min(peer.median for peer in peers) / ours.median, 2)
+        row["best peer"] = round(min(peer.median for peer in peers) / ours.median, 2)
     moved = line.bytes_read + line.bytes_written
+    if line.tokens:
+        row["tokens/s"] = round(line.tokens / ours.median, 1)
     if line.flops:
-        figures["GFLOP/s"] = round(line.flops / ours.median / 1e9, 1)
+        row |= flop_rate(line.flops / ours.median)
     if moved:
-        figures["GB/s"] = round(moved / ours.median / 1e9, 1)
+        row |= byte_rate(moved / ours.median)
     least = ceilings.seconds(line.dtype, line.flops, line.bytes_read, line.bytes_written)
-    return figures | {"% of ceiling": round(100 * least / ours.median, 1)}
+    return row | {"% of ceiling": round(100 * least / ours.median, 1)}
 
 
 def conditions() -> dict:
     """Machine and versions, without which a time means nothing."""
     return {
+        **(_gpu() if device.type == "cuda" else {}),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -208,8 +244,23 @@ def conditions() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lmkernels": lmkernels.__version__,
-        "commit": _git("describe", "--always", "--dirty"),
+        "commit": _output("git", "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties(device)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": properties.name,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "driver": driver and driver.splitlines()[0],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": importlib.metadata.version("triton"),
     }
 
 
@@ -221,8 +272,12 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _git(*arguments: str) -> str | None:
-    run = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+def _output(*command: str) -> str | None:
+    """What a command of the repository's folder prints; None where it fails or does not exist."""
+    try:
+        run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    except OSError:
+        return None
     return run.stdout.strip() if run.returncode == 0 else None
 
 

@@ -1,7 +1,7 @@
-"""BERT-base on 8 x 128 tokens, full or ragged: inference and a step of fine-tuning, against what is in use.
+"""BERT-base on full or ragged batches: inference and a step of fine-tuning, against what is in use.
 
-The peers hold the same weights. Of a ragged batch (lengths 16, 32, ... 128) they compute the padding too, as always.
-Inference in bfloat16 has bfloat16 weights, training in bfloat16 is autocast; dropout is on in training.
+The peers hold the same weights. Of a ragged batch (lengths s / b, 2 s / b, ... s) they compute the padding too, as
+always. Inference in bfloat16 has bfloat16 weights, training in bfloat16 is autocast; dropout is on in training.
 """
 
 from __future__ import annotations
@@ -10,65 +10,86 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
+import lmkernels.models
 from benchmarks import harness
-from lmkernels.models import BertConfig, BertForSequenceClassification
 
-B, S = 8, 128
-LENGTHS = torch.arange(16, S + 1, 16)
 DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Shape:
+    b: int = 8
+    s: int = 128
+    ragged: bool = False
+    layers: int = 12
+    width: int = 768
+
+    def config(self, module=lmkernels.models, **options):
+        """Of lmkernels.models or transformers."""
+        return module.BertConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 64,
+            intermediate_size=4 * self.width,
+            **options,
+        )
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """(b,), from s / b to s where they differ."""
+        return torch.arange(1, self.b + 1) * self.s // self.b if self.ragged else torch.full((self.b,), self.s)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        ids = torch.randint(1000, 30000, (self.b, self.s), generator=torch.Generator().manual_seed(1), device="cpu")
+        mask = (torch.arange(self.s, device="cpu") < self.lengths.cpu()[:, None]).long()
+        return {"input_ids": (ids * mask).to(harness.device), "attention_mask": mask.to(harness.device)}
 
 
 def lines() -> list[harness.Line]:
     return [
-        line(direction, ragged, dtype)
+        line(direction, Shape(ragged=ragged), dtype)
         for direction in ("inference", "training")
         for ragged in (False, True)
         for dtype in DTYPES
     ]
 
 
-def batch(ragged: bool) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(1000, 30000, (B, S))
-    mask = (torch.arange(S) < LENGTHS[:, None]).long() if ragged else torch.ones_like(ids)
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
 @functools.cache
-def weights() -> dict[str, torch.Tensor]:
+def weights(shape: Shape) -> dict[str, torch.Tensor]:
     """Those of a classifier, made once: initialising 110 million parameters takes seconds."""
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig()).state_dict()
+    with harness.device:
+        return lmkernels.models.BertForSequenceClassification(shape.config()).state_dict()
 
 
-def model(module, name: str, dtype: str = "float32", **options):
+def model(module, name: str, shape: Shape, dtype: str = "float32", **options):
     """The class `name` of lmkernels.models or transformers with the common weights."""
     with torch.device("meta"):
-        made = getattr(module, name)(module.BertConfig(**options))
-    state = weights()
+        made = getattr(module, name)(shape.config(module, **options))
+    state = weights(Shape(layers=shape.layers, width=shape.width))
     if name == "BertModel":
         state = {key.removeprefix("bert."): x for key, x in state.items() if key.startswith("bert.")}
     made.load_state_dict({key: x.clone() for key, x in state.items()}, assign=True)
     for key, buffer in list(made.named_buffers()):  # transformers' are not in its state_dict
-        fresh = torch.arange(buffer.numel()).view(buffer.shape) if "position" in key else torch.zeros(buffer.shape)
+        with harness.device:
+            fresh = torch.arange(buffer.numel()).view(buffer.shape) if "position" in key else torch.zeros(buffer.shape)
         owner, _, attribute = key.rpartition(".")
         setattr(made.get_submodule(owner), attribute, fresh.to(buffer.dtype))
     return made.to(harness.DTYPES[dtype])
 
 
 @functools.lru_cache(maxsize=1)
-def inference(dtype: str, ragged: bool) -> dict[str, Callable[[], torch.Tensor]]:
+def inference(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
     """Calls that give the last hidden state, (b, s, d_model)."""
     import transformers
 
-    import lmkernels.models
-
-    inputs = batch(ragged)
-    ours = model(lmkernels.models, "BertModel", dtype).eval()
-    theirs = model(transformers, "BertModel", dtype, attn_implementation="sdpa").eval()
+    inputs = shape.batch()
+    ours = model(lmkernels.models, "BertModel", shape, dtype).eval()
+    theirs = model(transformers, "BertModel", shape, dtype, attn_implementation="sdpa").eval()
 
     def caller(module):
         def call():
@@ -78,8 +99,9 @@ def inference(dtype: str, ragged: bool) -> dict[str, Callable[[], torch.Tensor]]
         return call
 
     calls = {"ours": caller(ours), "transformers": caller(theirs)}
-    if importlib.util.find_spec("openvino"):
-        calls["OpenVINO"] = openvino(model(transformers, "BertModel", attn_implementation="sdpa").eval(), inputs, dtype)
+    if harness.device.type == "cpu" and importlib.util.find_spec("openvino"):
+        theirs = model(transformers, "BertModel", shape, attn_implementation="sdpa").eval()
+        calls["OpenVINO"] = openvino(theirs, inputs, dtype)
     return calls
 
 
@@ -97,20 +119,18 @@ def openvino(module, inputs, dtype: str) -> Callable[[], torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def training(dtype: str, ragged: bool) -> dict[str, Callable[[], torch.Tensor]]:
+def training(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
     """Steps: forward, backward and AdamW; a call returns the loss."""
     import transformers
-
-    import lmkernels.models
 
     models = {
         "ours": (lmkernels.models, {}),
         "transformers, eager": (transformers, {"attn_implementation": "eager"}),
         "transformers, sdpa": (transformers, {"attn_implementation": "sdpa"}),
     }
-    inputs = batch(ragged) | {"labels": torch.arange(B) % 2}
+    inputs = shape.batch() | {"labels": torch.arange(shape.b, device=harness.device) % 2}
     return {
-        name: Step(model(module, "BertForSequenceClassification", **options), inputs, dtype)
+        name: Step(model(module, "BertForSequenceClassification", shape, **options), inputs, dtype)
         for name, (module, options) in models.items()
     }
 
@@ -122,7 +142,7 @@ class Step:
 
     def __call__(self) -> torch.Tensor:
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if self.dtype == "bfloat16" else nullcontext():
+        with torch.autocast(harness.device.type, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext():
             loss = self.module(**self.inputs).loss
         loss.backward()
         self.optimizer.step()
@@ -135,13 +155,13 @@ class Step:
         return losses
 
 
-def wrong(direction: str, ragged: bool, dtype: str) -> str | None:
+def wrong(direction: str, shape: Shape, dtype: str) -> str | None:
     """Why a result is wrong: the hidden states of the real tokens, or the losses of steps without dropout."""
     if direction == "inference":
-        real = batch(ragged)["attention_mask"].bool()
-        results = {name: call()[real] for name, call in inference(dtype, ragged).items()}
+        real = shape.batch()["attention_mask"].bool()
+        results = {name: call()[real] for name, call in inference(dtype, shape).items()}
     else:
-        results = {name: step.without_dropout(2) for name, step in training(dtype, ragged).items()}
+        results = {name: step.without_dropout(2) for name, step in training(dtype, shape).items()}
     limit = 1e-4 if dtype == "float32" else 3e-2
     ours = results["ours"].double()
     for name, result in results.items():
@@ -151,18 +171,16 @@ def wrong(direction: str, ragged: bool, dtype: str) -> str | None:
     return None
 
 
-def line(direction: str, ragged: bool, dtype: str) -> harness.Line:
-    config = BertConfig()
-    d = config.hidden_size
-    lengths = LENGTHS if ragged else torch.full((B,), S)
-    per_token = config.num_hidden_layers * (4 * d * d + 2 * d * config.intermediate_size)
-    scores = config.num_hidden_layers * 2 * d * int((lengths**2).sum())
+def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
+    d, lengths = shape.width, shape.lengths
+    per_token = shape.layers * 12 * d * d
+    scores = shape.layers * 2 * d * int((lengths**2).sum())
     return harness.Line(
         group=direction,
-        case=f"{direction}, {'ragged' if ragged else 'dense'}, b {B} s {S}",
+        case=f"{direction}, {'ragged' if shape.ragged else 'dense'}, b {shape.b} s {shape.s}",
         dtype=dtype,
         direction="",
-        competitors=lambda: {"inference": inference, "training": training}[direction](dtype, ragged),
-        wrong=lambda: wrong(direction, ragged, dtype),
+        competitors=lambda: {"inference": inference, "training": training}[direction](dtype, shape),
+        wrong=lambda: wrong(direction, shape, dtype),
         flops=2 * (int(lengths.sum()) * per_token + scores) * (3 if direction == "training" else 1),
     )

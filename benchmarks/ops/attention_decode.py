@@ -25,23 +25,24 @@ def lines() -> list[harness.Line]:
     ]
 
 
-def arguments_of(case: cases.DecodeCase, dtype: torch.dtype, int8: bool) -> dict:
+def arguments_of(case: cases.DecodeCase, dtype: torch.dtype, int8: bool, backend: str | None) -> dict:
     """The cache holds the newest tokens already: what a call appends changes nothing for the next one."""
     arguments = case.make(dtype)
-    attention_decode(**arguments)
+    attention_decode(**arguments, backend="reference")
     if int8:
         for name in ("k", "v"):
             cache = arguments[f"{name}_cache"]
             integers, scale = quantise(cache)
             arguments[f"{name}_cache"] = torch.empty_like(cache, dtype=torch.int8).copy_(integers)
             arguments[f"{name}_scale"] = scale.transpose(1, 2).contiguous().transpose(1, 2)
-    return arguments
+    return arguments | {"backend": backend}
 
 
-def wrong(case: cases.DecodeCase, dtype: torch.dtype, int8: bool) -> str | None:
+def wrong(case: cases.DecodeCase, dtype: torch.dtype, int8: bool, backend: str | None) -> str | None:
     """Why the result is wrong, or None: the first key head against float64 on the values that the cache holds."""
-    arguments = arguments_of(case, dtype, int8)
+    arguments = arguments_of(case, dtype, int8, backend)
     out, lse = attention_decode(**arguments, return_lse=True)
+    arguments.pop("backend")
     group = case.h // (case.h_kv or case.h)
     exact = {name: x for name, x in arguments.items() if name not in ("k_new", "v_new", "k_scale", "v_scale")}
     exact = numerics.in_dtype(exact, torch.float64) | {"kv_lengths": arguments["kv_lengths"] + case.tokens_new}
@@ -68,11 +69,11 @@ def wrong(case: cases.DecodeCase, dtype: torch.dtype, int8: bool) -> str | None:
 
 
 def eager(case: cases.DecodeCase, dtype: torch.dtype) -> Callable[[], object]:
-    """On a contiguous cache (b, h, s, d), whatever the case's: what SDPA likes best."""
+    """On a contiguous cache (b, h, s, d), whatever the case's: what SDPA likes best. Sequences of one length."""
     x = case.make(dtype)
     before, total = case.lengths[0], case.lengths[0] + case.tokens_new
     q, k_new, v_new = (x[name].transpose(1, 2) for name in ("q", "k_new", "v_new"))
-    k, v = (torch.randn(1, case.h_kv or case.h, total, case.d).to(dtype) for _ in "kv")
+    k, v = (torch.randn(case.b, case.h_kv or case.h, total, case.d).to(dtype) for _ in "kv")
     causal = None if case.s_q == 1 else torch.ones(case.s_q, total, dtype=torch.bool).tril(total - case.s_q)
     cos, sin = (torch.cat((x[name],) * 2, -1) if name in x else None for name in ("cos", "sin"))
     grouped = case.h_kv not in (None, case.h)
@@ -93,21 +94,24 @@ def eager(case: cases.DecodeCase, dtype: torch.dtype) -> Callable[[], object]:
     return call
 
 
-def competitors(case: cases.DecodeCase, dtype: torch.dtype, int8: bool) -> dict[str, Callable[[], object]]:
-    arguments = arguments_of(case, dtype, int8)
+def competitors(
+    case: cases.DecodeCase, dtype: torch.dtype, int8: bool, backend: str | None
+) -> dict[str, Callable[[], object]]:
+    arguments = arguments_of(case, dtype, int8, backend)
     return {"ours": lambda: attention_decode(**arguments), "SDPA": eager(case, dtype)}
 
 
-def line(group: str, case: cases.DecodeCase, dtype: str, int8: bool) -> harness.Line:
+def line(group: str, case: cases.DecodeCase, dtype: str, int8: bool, backend: str | None = None) -> harness.Line:
     torch_dtype = harness.DTYPES[dtype]
-    keys = (case.lengths[0] + case.tokens_new) * (case.h_kv or case.h)
+    keys = sum(length + case.tokens_new for length in case.lengths) * (case.h_kv or case.h)
+    name = f"{case.name}{', int8 cache' * int8}{f', {backend}' if backend else ''}"
     row = 2 * (case.d + 4 if int8 else case.d * torch_dtype.itemsize)
     return harness.Line(
         f"{group}, int8" if int8 else group,
-        f"{case.name}, int8 cache" if int8 else case.name,
+        name,
         dtype,
         "",
-        competitors=lambda: competitors(case, torch_dtype, int8),
-        wrong=lambda: wrong(case, torch_dtype, int8),
+        competitors=lambda: competitors(case, torch_dtype, int8, backend),
+        wrong=lambda: wrong(case, torch_dtype, int8, backend),
         bytes_read=keys * row,
     )

@@ -79,7 +79,7 @@ def competitors(case: cases.AttentionVarlenCase, dtype: torch.dtype, direction: 
     }
     if causal:
         calls["SDPA, no mask"] = call(lambda *qkv: sdpa(*qkv, causal), *in_batch)
-    else:
+    if harness.device.type == "cuda" or not causal:
         offsets = cases.cu_seqlens(lengths).long()
         nested = [torch.nested.nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tensors]
         calls["SDPA, nested"] = call(lambda *qkv: sdpa(*qkv, causal), *nested)

@@ -29,7 +29,7 @@ def lines() -> list[harness.Line]:
 def eager(token_ids, token_table, position_table=None, type_ids=None, type_table=None):
     out = F.embedding(token_ids, token_table)
     if position_table is not None:
-        out = out + F.embedding(torch.arange(token_ids.shape[-1]), position_table)
+        out = out + F.embedding(torch.arange(token_ids.shape[-1], device=token_ids.device), position_table)
     return out if type_table is None else out + F.embedding(type_ids, type_table)
 
 

@@ -43,7 +43,12 @@ def eager(hidden, weight, labels):
     return F.cross_entropy(F.linear(hidden, weight), labels)
 
 
-def calls(case: cases.LossCase, dtype: torch.dtype, direction: str) -> dict[str, Callable[[], object]]:
+FUNCTIONS = {"ours": linear_cross_entropy, "F.linear, F.cross_entropy": eager}
+
+
+def calls(
+    case: cases.LossCase, dtype: torch.dtype, direction: str, functions: dict[str, Callable] = FUNCTIONS
+) -> dict[str, Callable[[], object]]:
     inputs = case.make(dtype)
     labels = inputs.pop("labels")
     leaves = [x.requires_grad_(direction != "forward") for x in inputs.values()]
@@ -53,7 +58,7 @@ def calls(case: cases.LossCase, dtype: torch.dtype, direction: str) -> dict[str,
             return lambda: function(*leaves, labels)
         return lambda: torch.autograd.grad(function(*leaves, labels), leaves)
 
-    return {"ours": call(linear_cross_entropy), "F.linear, F.cross_entropy": call(eager)}
+    return {name: call(function) for name, function in functions.items()}
 
 
 @functools.cache

@@ -56,7 +56,10 @@ def wrong(norm: str, case: cases.NormCase, dtype: torch.dtype) -> str | None:
     return None
 
 
-def competitors(norm: str, case: cases.NormCase, dtype: torch.dtype, direction: str) -> dict[str, Callable]:
+def competitors(
+    norm: str, case: cases.NormCase, dtype: torch.dtype, direction: str, functions: dict[str, Callable] | None = None
+) -> dict[str, Callable]:
+    """functions: take what `ours` and `plain` take after the norm's name; default: those two."""
     inputs = case.make(dtype)
     backward = direction != "forward"
     douts = [torch.randn(case.shape).to(dtype) for _ in range(1 if case.residual is None else 2)]
@@ -64,10 +67,11 @@ def competitors(norm: str, case: cases.NormCase, dtype: torch.dtype, direction: 
     def call(function):
         leaves = {name: x.detach().requires_grad_(backward) for name, x in inputs.items()}
         if backward:
-            return lambda: torch.autograd.grad(function(norm, **leaves), leaves.values(), douts)
-        return lambda: function(norm, **leaves)
+            return lambda: torch.autograd.grad(function(**leaves), leaves.values(), douts)
+        return lambda: function(**leaves)
 
-    return {"ours": call(ours), "torch": call(plain)}
+    functions = functions or {"ours": partial(ours, norm), "torch": partial(plain, norm)}
+    return {name: call(function) for name, function in functions.items()}
 
 
 def line(norm: str, group: str, case: cases.NormCase, dtype: str, direction: str) -> harness.Line:

@@ -27,7 +27,7 @@ def lines() -> list[harness.Line]:
 def tensors(case: cases.AttentionCase, dtype: torch.dtype) -> dict[str, Tensor]:
     """q, k and v, scores of unit variance as T5 has them, and a table of 32 buckets."""
     inputs = case.make(dtype)
-    table = torch.randn(32, case.h, generator=torch.Generator().manual_seed(1)).to(dtype)
+    table = torch.randn(32, case.h, generator=torch.Generator().manual_seed(1), device="cpu").to(inputs.q.device, dtype)
     return {"q": inputs.q * case.d**-0.5, "k": inputs.k, "v": inputs.v, "table": table}
 
 
@@ -38,7 +38,8 @@ def ours(q, k, v, table):
 def sdpa(q, k, v, table):
     """On (b, h, s, d), with T5's compute_bias."""
     s = q.shape[2]
-    buckets = relative_buckets(torch.arange(s) - torch.arange(s)[:, None], True, table.shape[0], 128)
+    i = torch.arange(s, device=q.device)
+    buckets = relative_buckets(i - i[:, None], True, table.shape[0], 128)
     bias = F.embedding(buckets, table).permute(2, 0, 1)[None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
 
