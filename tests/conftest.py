@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from types import ModuleType
 
 # Threads that wait must not spin: the shapes of tests are small, and on a busy machine spinning takes ten times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What cuBLAS wants from those who ask for deterministic algorithms, as `poisoned_memory` does.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -30,6 +33,32 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-configuration", action="store_true", help="compile every Triton kernel there is, not only the hot ones"
     )
+
+
+def pytest_configure(config):
+    """What a test makes without naming a device is made where the ops are tested."""
+    device = config.getoption("--device")
+    if device == "cpu":
+        return
+    torch.set_default_device(device)
+    for name in ("rand", "randn", "randint", "randperm"):
+        setattr(torch, name, draws_where_the_generator_is(getattr(torch, name)))
+    # `poisoned_memory` is about memory; that an op of torch's sums in any order is no matter
+    config.addinivalue_line("filterwarnings", "ignore:.*deterministic:UserWarning")
+
+
+def draws_where_the_generator_is(function: Callable) -> Callable:
+    """The function, but a generator on the CPU draws the numbers that it always does, which then go to the device."""
+
+    @functools.wraps(function)
+    def draw(*arguments, generator: torch.Generator | None = None, **options):
+        if generator is None or options.get("device") is not None:
+            return function(*arguments, generator=generator, **options)
+        return function(*arguments, generator=generator, device=generator.device, **options).to(
+            torch.get_default_device()
+        )
+
+    return draw
 
 
 @pytest.fixture(scope="session")
@@ -134,13 +163,19 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def tensors_on_the_device(device):
-    """What a test makes without naming a device is made where the ops are tested."""
-    if device == "cpu":
-        yield
-    else:
-        with torch.device(device):
-            yield
+def errors_of_a_gpu_belong_to_the_test(device):
+    """A kernel that touched memory that is not its own ends the whole process's use of the GPU.
+
+    With pytest-xdist the process ends too: this test has failed, and another process goes on with the next.
+    """
+    yield
+    if torch.device(device).type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(3)
+            raise
 
 
 @pytest.fixture(autouse=True)

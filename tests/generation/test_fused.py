@@ -151,7 +151,7 @@ def test_holes_in_a_prompt_autocast_and_more_rows_are_left_to_the_layers(model, 
     mask = torch.ones_like(ids)
     mask[0, 3] = 0
     model.generate(ids, attention_mask=mask, max_new_tokens=3)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         model.generate(ids, max_new_tokens=3)
     model.generate(ids[:1].expand(fused.MOST_ROWS + 1, -1), max_new_tokens=3)
     assert steps == []
@@ -163,7 +163,7 @@ def test_reasons_are_given(model):
     assert fused.unsupported(model) is None
     assert fused.fused_decoder(model) is not None
     assert "has no step_model()" in fused.unsupported(nn.Linear(2, 2))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert "autocast" in fused.unsupported(model)
     with capture_attention():
         assert "capture_attention" in fused.unsupported(model)

@@ -227,7 +227,7 @@ def test_autocast(name):
     exact, inputs = copy.deepcopy(plain), batch(name)
     results = []
     for model in (ours, plain, exact):
-        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=model is not exact):
             out = without_dropout(model)(**inputs)
         out.loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -320,7 +320,7 @@ def test_trainer(name, options, tmp_path):
     for model in models:
         arguments = tf.TrainingArguments(
             output_dir=str(tmp_path),
-            use_cpu=True,
+            use_cpu=torch.get_default_device().type == "cpu",
             max_steps=3,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
@@ -383,7 +383,7 @@ def test_pipeline():
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[UNK]", padding_side="left")
     texts = []
     for model in twins("gpt2"):
-        pipe = tf.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        pipe = tf.pipeline("text-generation", model=model, tokenizer=tokenizer, device=torch.get_default_device())
         texts.append(pipe(["w3 w4 w5", "w9"], max_new_tokens=6, do_sample=False, batch_size=2))
     assert texts[0] == texts[1]
 

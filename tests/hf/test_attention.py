@@ -275,7 +275,7 @@ def test_packed_sequences_take_no_bias_that_tells_their_places():
 
 def mask(function=masking_utils.causal_mask_function, q=S, k=S, **options):
     return AttentionMaskInterface()["lmkernels"](
-        batch_size=3, q_length=q, kv_length=k, mask_function=function, device="cpu", **options
+        batch_size=3, q_length=q, kv_length=k, mask_function=function, device=torch.get_default_device(), **options
     )
 
 
@@ -368,7 +368,7 @@ def test_bfloat16_and_autocast(tiny):
     batch, mask = inputs("t5")
     switch(model, "lmkernels")
     expected = model(**batch).logits[mask.bool()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         close(model(**batch).logits[mask.bool()], expected, 0.1)
 
 

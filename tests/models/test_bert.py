@@ -533,7 +533,7 @@ def test_bfloat16_autocast_stays_near_float32(training):
     labels = labels_of(model)
     reference = model(**inputs, **labels)
     expected = gradients(model, reference.loss)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = model(**inputs, **labels)
     close(out.logits, reference.logits, limit=0.05)
     assert out.loss.dtype == torch.float32

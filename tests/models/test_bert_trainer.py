@@ -105,7 +105,8 @@ def test_trainer_saves_and_resumes_a_model_with_tied_weights_in_bfloat16(script,
     torch.manual_seed(0)
     config = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(61, (8, 6))]
-    arguments = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": True, "save_steps": 2, "disable_tqdm": True}
+    arguments = {"output_dir": str(tmp_path), "bf16": True, "save_steps": 2, "disable_tqdm": True}
+    arguments["use_cpu"] = torch.get_default_device().type == "cpu"
 
     def trainer(**more):
         options = TrainingArguments(**arguments, **more, per_device_train_batch_size=2, gradient_accumulation_steps=2)

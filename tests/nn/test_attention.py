@@ -259,7 +259,7 @@ def test_compiles_whole(dynamic):
 
 def test_autocast():
     torchs, ours = attentions(batch_first=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         both((torchs, ours), [torch.randn(B, L, E)], torch.bfloat16, need_weights=False, attn_mask=hiding("bool"))
 
 

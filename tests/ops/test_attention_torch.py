@@ -129,7 +129,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype,
     inputs = replace(inputs, dout=inputs.dout.to(dtype))
 
     def under_autocast(*arguments, **options):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             return attention(*arguments, **options)
 
     actual = numerics.attention_results(under_autocast, inputs, backend=backend)
@@ -143,7 +143,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(dtype,
 
 def test_autocast_leaves_float64_alone(backend):
     q = torch.randn(1, 5, 2, 8, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert attention(q, q, q, backend=backend).dtype == torch.float64
 
 

@@ -281,5 +281,5 @@ def test_a_compiled_call_looks_for_ids_beyond_the_table_too(native, fresh_compil
 
 def test_autocast_leaves_the_dtype_alone(backend):
     """As it does torch's embedding."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert embed(IDS, TABLE, backend=backend).dtype == torch.float32

@@ -133,7 +133,7 @@ def test_a_float32_weight_is_taken_with_16_bit_inputs_and_gets_a_float32_gradien
 
 def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_parameters(backend):
     inputs = cases.LinearCase("autocast", (4, 9), 40, 50).make(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         actual = numerics.results(linear, inputs, inputs, backend=backend)
         expected = numerics.results(F.linear, {"input": inputs["x"], **{k: inputs[k] for k in ("weight", "bias")}})
     assert actual["out"].dtype == expected["out"].dtype == torch.bfloat16
@@ -144,7 +144,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_gradients_in_the_parameters(ba
 def test_autocast_keeps_a_float32_residual_in_float32(backend):
     """As x + linear(x) is in eager torch: the residual stream of a model is not rounded by its layers."""
     x, weight, residual = torch.randn(5, 16), torch.randn(8, 16), torch.randn(5, 8) * (1 + 2.0**-20)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = linear(x, weight * 0, residual=residual, backend=backend)
     assert torch.equal(out, residual)
 

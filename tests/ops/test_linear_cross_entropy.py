@@ -336,7 +336,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_loss_in_float32(dtype, b
     inputs = CASE["everything odd"].make(torch.float32)
 
     def under_autocast(**arguments):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             return linear_cross_entropy(**arguments)
 
     loss, gradients = gradients_of(under_autocast, inputs, backend=backend)

@@ -153,7 +153,7 @@ def test_they_compile_without_a_graph_break_for_any_number_of_rows(function, mak
 
 def test_autocast_keeps_the_residual_stream_in_float32(backend):
     inputs = mlp_inputs(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = numerics.results(mlp, inputs, inputs, backend=backend)
     assert all(x.dtype == torch.float32 for x in out.values())
     golden = numerics.results(reference_mlp, inputs, inputs)

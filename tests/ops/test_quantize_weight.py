@@ -197,7 +197,7 @@ def test_torch_compile(kind, native):
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind, native):
     x, weight = torch.randn(3, 40), quantize_weight(torch.randn(20, 40), kind)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         found = linear(x, weight)
     assert torch.equal(found, linear(x.bfloat16(), weight))
 

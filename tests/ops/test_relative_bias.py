@@ -166,7 +166,7 @@ def test_a_table_of_float32_beside_16_bits_gets_a_float32_gradient(backend):
     q, k, v = (x.bfloat16() for x in tensors.values())
     attention(q, k, v, bias=RelativeBias(table, **bias), backend=backend, **options).sum().backward()
     assert table.grad.dtype == torch.float32 and table.grad.abs().sum() > 0
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = attention(*(x.float() for x in (q, k, v)), bias=RelativeBias(table, **bias), backend=backend, **options)
     assert out.dtype == torch.bfloat16
 

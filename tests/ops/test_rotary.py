@@ -238,7 +238,7 @@ def test_a_compiled_call_looks_for_positions_beyond_the_table_too(native, fresh_
 
 def test_autocast_leaves_the_dtype_alone(backend):
     """As for any elementwise operation."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         assert rotary(X, T, T, backend=backend).dtype == torch.float32
         assert rotary(X.bfloat16(), T, T, backend=backend).dtype == torch.bfloat16
 
@@ -308,7 +308,7 @@ def test_tables_are_those_of_transformers(name, base, seq_len):
         rope_parameters={**scaling, "rope_theta": base},
     )
     functions = {"default": LlamaRotaryEmbedding.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
-    frequencies, factor = functions[scaling["rope_type"]](config, device="cpu", seq_len=seq_len)
+    frequencies, factor = functions[scaling["rope_type"]](config, device=torch.get_default_device(), seq_len=seq_len)
     angles = torch.arange(seq_len)[:, None].float() * frequencies
     given = {**scaling, "max_position_embeddings": 2048} if "dynamic" in name else scaling
     cos, sin = rotary_tables(seq_len, 64, base=base, scaling=given)
