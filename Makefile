@@ -3,7 +3,7 @@
 # make gpu       the same suite, and benchmarks, on an NVIDIA GPU
 # make demo      train a small GPT, let it write, and compare with plain torch on this machine
 #
-# Each starts with what `make install` does, and that does nothing when it has been done. Only the first one needs a
+# Each but `gpu` starts with what `make install` does, and that does nothing when it has been done. Only the first one needs a
 # network. PYTHON picks the interpreter that makes .venv; ARGS goes to pytest or to the benchmarks; WORKERS is the number
 # of processes that test (0: this one).
 

@@ -175,7 +175,7 @@ def test_package_never_imports_transformers():
 
 
 def test_triton_is_imported_by_its_backends_only():
-    allowed = r"\.ops\.(\w+\.)?_?triton(_kernels|_interpreter)?$|\.testing\.compiled$"
+    allowed = r"\.ops\.(\w+\.)?_?triton(_kernels|_interpreter|_autotune)?$|\.testing\.compiled$"
     assert importers(rf"lmkernels(?!{allowed})", r"triton\b") == []
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _triton
+from .. import _triton, _triton_autotune
 
 MAX_HEAD_DIM = 256
 
@@ -89,7 +89,8 @@ class Problem:
         self.flipped = scale < 0
         q, scale = (-q, -scale) if self.flipped else (q, scale)
         self.q, self.k, self.v = q, k, v = dense(q), dense(k), dense(v)
-        self.mask, self.bias, self.slopes, self.sink, self.packing = mask, bias, alibi_slopes, sink, packing
+        self.mask, self.bias, self.slopes, self.sink = mask, bias, alibi_slopes, sink
+        self.seed, self.packing = seed, packing
         self.h, self.d, self.h_kv, self.d_v = q.shape[-2], q.shape[-1], k.shape[-2], v.shape[-1]
         if packing is None:
             self.b, self.s_q, self.s_k = q.shape[0], q.shape[1], k.shape[1]
@@ -141,6 +142,22 @@ class Problem:
     def launch(self, kernel, programs: int, *arguments, **constants) -> None:
         _triton.launch(kernel, (programs,), *arguments, *self.arguments, **self.constants, **constants)
 
+    def launch_tiles(self, kernel, axis: str, longest: int, heads: int, *arguments) -> None:
+        """A program for each tile of `longest` queries or keys, head and sequence; axis: BLOCK_M or BLOCK_N."""
+        name = kernel.fn.__name__
+
+        def launch(options: dict[str, int]) -> None:
+            programs = _triton.ceil_div(longest, options[axis]) * heads * self.b
+            self.launch(kernel, programs, *arguments, **options)
+
+        options = self.tile(name, longest)
+        if _triton_autotune.enabled and self.q.is_cuda and longest * heads * self.b:
+            size = _triton.next_power_of_2(longest)
+            given = (x is not None for x in (self.mask, self.bias, self.slopes, self.seed, self.packing))
+            key = (name, self.q.dtype, size, self.h // self.h_kv, *given, *self.constants.values())
+            options = _triton_autotune.best(key, self.q.device, options, launch)
+        launch(options)
+
 
 def dropout_threshold(dropout_p: float) -> int:
     return min(int(dropout_p * 2.0**32), 0xFFFFFFFF)
@@ -179,9 +196,7 @@ def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if p.packing is not None:  # tokens may belong to no sequence
         out.zero_()
         lse.fill_(float("-inf"))
-    options = p.tile("fwd", p.s_q)
-    programs = _triton.ceil_div(p.s_q, options["BLOCK_M"]) * p.h * p.b
-    p.launch(kernels.fwd, programs, out, lse, p.sink, heads(out), heads_of_rows(lse), **options)
+    p.launch_tiles(kernels.fwd, "BLOCK_M", p.s_q, p.h, out, lse, p.sink, heads(out), heads_of_rows(lse))
     return out, lse
 
 
@@ -218,15 +233,11 @@ def run_backward(
     row_sums = p.sums(p.s_q) if need_dbias and bias_axes < 2 else None
     key_sums = p.sums(p.s_k) if need_dbias and bias_axes == 2 else None
     slope_sums = p.sums(p.s_q) if need_dslopes else None
-    options = p.tile("bwd_q", p.s_q)
-    p.launch(
-        kernels.bwd_q, _triton.ceil_div(p.s_q, options["BLOCK_M"]) * p.h * p.b,
-        dq, row_sums, slope_sums, *given, heads(dq), *strides, **options,
+    p.launch_tiles(
+        kernels.bwd_q, "BLOCK_M", p.s_q, p.h, dq, row_sums, slope_sums, *given, heads(dq), *strides
     )  # fmt: skip
-    options = p.tile("bwd_kv", p.s_k)
-    p.launch(
-        kernels.bwd_kv, _triton.ceil_div(p.s_k, options["BLOCK_N"]) * p.h_kv * p.b,
-        dk, dv, key_sums, *given, heads(dk), heads(dv), *strides, **options,
+    p.launch_tiles(
+        kernels.bwd_kv, "BLOCK_N", p.s_k, p.h_kv, dk, dv, key_sums, *given, heads(dk), heads(dv), *strides
     )  # fmt: skip
 
     dbias = dslopes = dsink = p.q.new_empty(0)
