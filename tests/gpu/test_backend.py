@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import lmkernels as lmk
 from lmkernels import _library, layer_norm
 from lmkernels.ops import _dispatch, _triton, norms
 
@@ -98,3 +99,79 @@ def test_calling_an_op_on_the_cpu_does_not_import_triton():
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout == "True\n", run.stderr
+
+
+def here(*shape: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+def away(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """On another device than `here`."""
+    return torch.ones(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int, make=here) -> torch.Tensor:
+    return make(*shape).to(torch.int64)
+
+
+Q = (1, 4, 2, 8)
+WHOLE = torch.tensor([0, 4])
+MIXED = {
+    "attention": ("k must be on q's", lambda: lmk.attention(here(*Q), away(*Q), here(*Q))),
+    "attention sink": ("sink must be on q's", lambda: lmk.attention(here(*Q), here(*Q), here(*Q), sink=away(2))),
+    "attention_varlen": (
+        "v must be on q's",
+        lambda: lmk.attention_varlen(here(4, 2, 8), here(4, 2, 8), away(4, 2, 8), WHOLE, WHOLE, 4, 4),
+    ),
+    "attention_decode": (
+        "kv_lengths must be on q's",
+        lambda: lmk.attention_decode(here(1, 1, 2, 8), here(*Q), here(*Q), integers(1, make=away)),
+    ),
+    "scaled_dot_product_attention": (
+        "value must be on query's",
+        lambda: lmk.scaled_dot_product_attention(here(*Q), here(*Q), away(*Q)),
+    ),
+    "attention_weights": ("k must be on q's", lambda: lmk.attention_weights(here(*Q), away(*Q))),
+    "linear": ("weight must be on x's", lambda: lmk.linear(here(4, 8), away(6, 8))),
+    "qkv_projection": (
+        "cos must be on x's",
+        lambda: lmk.qkv_projection(here(1, 4, 8), here(24, 8), num_heads=1, cos=away(4, 4), sin=away(4, 4)),
+    ),
+    "output_projection": (
+        "residual must be on x's",
+        lambda: lmk.output_projection(here(1, 4, 2, 4), here(6, 8), residual=away(1, 4, 6)),
+    ),
+    "mlp": ("w_out must be on x's", lambda: lmk.mlp(here(4, 8), here(16, 8), None, away(8, 16), None)),
+    "swiglu_mlp": ("w_up must be on x's", lambda: lmk.swiglu_mlp(here(4, 8), here(16, 8), away(16, 8), here(8, 16))),
+    "rotary": ("cos must be on x's", lambda: lmk.rotary(here(*Q), away(4, 4), away(4, 4))),
+    "embed": ("token_ids must be on token_table's", lambda: lmk.embed(integers(4, make=away), here(6, 8))),
+    "add_positions": ("table must be on x's", lambda: lmk.add_positions(here(4, 8), away(4, 8))),
+    "layer_norm": ("weight must be on x's", lambda: lmk.layer_norm(here(4, 8), away(8), None, 1e-5)),
+    "rms_norm": ("residual must be on x's", lambda: lmk.rms_norm(here(4, 8), None, 1e-5, residual=away(4, 8))),
+    "linear_cross_entropy": (
+        "weight must be on hidden's",
+        lambda: lmk.linear_cross_entropy(here(4, 8), away(6, 8), integers(4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", MIXED)
+def test_tensors_on_different_devices_are_named(op):
+    message, call = MIXED[op]
+    with pytest.raises(ValueError, match=f"^{message} device {torch.empty(0).device}, got meta$"):
+        call()
+
+
+class OnOldGpu(torch.Tensor):
+    """What a tensor on a GPU says of itself."""
+
+    is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
+
+
+def test_tensors_on_a_gpu_that_is_too_old_are_refused_by_name_and_else_go_to_the_reference(present, monkeypatch):
+    reason = "the kernels need an NVIDIA GPU from sm_80 on, got Tesla T4 with sm_75"
+    monkeypatch.setattr(_triton, "_gpu_absence", lambda device: reason)
+    x, backends = X.as_subclass(OnOldGpu), norms.api.BACKENDS
+    with pytest.raises(NotImplementedError, match=f"layer_norm: backend 'triton' cannot run this: {reason}"):
+        _dispatch.choose("layer_norm", backends, "triton", x)
+    assert _dispatch.choose("layer_norm", backends, None, x) is backends["reference"]

@@ -14,10 +14,10 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be one of {names} or None, got {activation!r}")
 
 
-def check_weight(name: str, weight, x: Tensor, d_in: int, d_out: int | None = None) -> Tensor:
+def check_weight(name: str, weight, x: Tensor, d_in: int, d_out: int | None = None, x_name: str = "x") -> Tensor:
     """weight (d_out, d_in) for x in its dtype or, for 16 bits, in float32."""
     check_floating(name, weight)
-    check_device(name, weight, "x", x)
+    check_device(name, weight, x_name, x)
     check_same_or_wider(name, weight, x)
     if weight.dim() != 2 or weight.shape[1] != d_in or d_out not in (None, weight.shape[0]):
         wanted = f"(out, {d_in})" if d_out is None else f"({d_out}, {d_in})"
@@ -25,11 +25,11 @@ def check_weight(name: str, weight, x: Tensor, d_in: int, d_out: int | None = No
     return weight
 
 
-def check_bias(name: str, bias, x: Tensor, d_out: int) -> Tensor | None:
+def check_bias(name: str, bias, x: Tensor, d_out: int, x_name: str = "x") -> Tensor | None:
     if bias is None:
         return None
     check_floating(name, bias)
-    check_device(name, bias, "x", x)
+    check_device(name, bias, x_name, x)
     check_same_or_wider(name, bias, x)
     if tuple(bias.shape) != (d_out,):
         raise ValueError(f"{name} must be (out,) = ({d_out},), got {tuple(bias.shape)}")

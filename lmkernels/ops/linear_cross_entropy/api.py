@@ -58,8 +58,8 @@ def linear_cross_entropy(
     check_hidden(hidden)
     if isinstance(weight, QuantizedWeight):
         weight = weight.dequantize(hidden.dtype)
-    check_weight("weight", weight, hidden, hidden.shape[-1])
-    bias = check_bias("bias", bias, hidden, weight.shape[0])
+    check_weight("weight", weight, hidden, hidden.shape[-1], x_name="hidden")
+    bias = check_bias("bias", bias, hidden, weight.shape[0], x_name="hidden")
     check_reduction(reduction)
     options = (
         check_integer("ignore_index", ignore_index),
