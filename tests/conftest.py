@@ -13,6 +13,7 @@ from types import ModuleType
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What cuBLAS wants from those who ask for deterministic algorithms, as `poisoned_memory` does.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ["LMKERNELS_POISON_MEMORY"] = "1"
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def data() -> Path:
 def poisoned_memory():
     """Fresh memory holds NaN (the largest value for integers): what a kernel forgets to write shows.
 
-    torch fills every tensor that aten::empty and its siblings make, in the compiled library too.
+    torch fills every tensor that aten::empty and its siblings make, the compiled library its own.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -233,7 +233,7 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
             [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], next_task(tasks, i), scratch); });
   if (splits.empty()) return;
   const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  Tensor partial = torch::stable::new_empty(lse, {split_rows * state});
+  Tensor partial = new_tensor(lse, {split_rows * state});
   a.partial = partial.mutable_data_ptr();
   a.most_rows = lmk::kFewRows;
   run_tasks(int64_t(splits.size()), kernels.split_scratch(a), split_work,
@@ -251,8 +251,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
   lmk::AttentionArgs a = attention_args(
       q, k, v, {mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, scale, softcap, dropout_p}, q.size(0),
       q.size(1), k.size(1));
-  Tensor out = torch::stable::new_empty(q, {q.size(0), a.seq_q, a.heads, a.head_dim_v});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.heads, a.seq_q}, accumulator(q));
+  Tensor out = new_tensor(q, {q.size(0), a.seq_q, a.heads, a.head_dim_v});
+  Tensor lse = new_tensor(q, {q.size(0), a.heads, a.seq_q}, accumulator(q));
   Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
   run_attention_fwd(a, sequences, out, lse);
   return {out, lse};
@@ -316,10 +316,10 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
 
   need_dbias &= o.bias.has_value(), need_dslopes &= o.alibi_slopes.has_value(), need_dsink &= o.sink.has_value();
   const auto gradient_of = [&](const OptionalTensor& x, bool needed) {
-    return needed ? torch::stable::new_empty(*x, x->sizes()) : torch::stable::new_empty(q, {0});
+    return needed ? new_tensor(*x, x->sizes()) : new_tensor(q, {0});
   };
-  Tensor dq = torch::stable::new_empty(q, q.sizes()), dk = torch::stable::new_empty(k, k.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Tensor dq = new_tensor(q, q.sizes()), dk = new_tensor(k, k.sizes());
+  Tensor dv = new_tensor(v, v.sizes());
   Tensor dbias = gradient_of(o.bias, need_dbias), dslopes = gradient_of(o.alibi_slopes, need_dslopes);
   Tensor dsink = gradient_of(o.sink, need_dsink);
   if (lse.numel() == 0 || k.numel() == 0) {
@@ -348,7 +348,7 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
     add_tasks(b, a.heads_kv, 1, finishes);
   }
   a.sequence = sequences.data();
-  Tensor dq_partial = torch::stable::new_empty(q, {partial_rows * wide}, accumulator(q));
+  Tensor dq_partial = new_tensor(q, {partial_rows * wide}, accumulator(q));
   a.dq_partial = dq_partial.mutable_data_ptr();
   std::vector<double> dslopes_partial(need_dslopes ? tasks.size() * size_t(group) : 0);
   std::vector<double> dsink_partial(need_dsink ? size_t(a.sequences * a.heads) : 0);

@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q_, Tensor k_cache, Te
   const std::vector<lmk::DecodeSequence> sequences = decode_sequences(a, kv_lengths, capacity);
   a.sequences = sequences.data();
 
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.seq_q, a.heads, a.head_dim_v});
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.seq_q}, accumulator(q));
+  Tensor out = new_tensor(q, {a.batch, a.seq_q, a.heads, a.head_dim_v});
+  Tensor lse = new_tensor(q, {a.batch, a.heads, a.seq_q}, accumulator(q));
   a.out = out.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr();
   const lmk::DecodeKernels& kernels = lmk::decode_kernels(cache_type(k_cache));
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor> attention_decode(const Tensor& q_, Tensor k_cache, Te
   }
   OptionalTensor partial;
   if (a.most_shares > 1) {
-    partial = torch::stable::new_empty(q, {a.tasks() * kernels.state(a)}, ScalarType::Byte);
+    partial = new_tensor(q, {a.tasks() * kernels.state(a)}, ScalarType::Byte);
     a.partial = partial->mutable_data_ptr();
   }
   // a key costs its bytes and, beyond a few rows, its flops

@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q_, const Tensor& 
   lmk::AttentionArgs a = attention_args(
       q, k, v, {mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, scale, softcap, dropout_p},
       int64_t(sequences.size()), max_seqlen_q, max_seqlen_k);
-  Tensor out = torch::stable::new_empty(q, {a.seq_q, a.heads, a.head_dim_v});
-  Tensor lse = torch::stable::new_empty(q, {a.heads, a.seq_q}, accumulator(q));
+  Tensor out = new_tensor(q, {a.seq_q, a.heads, a.head_dim_v});
+  Tensor lse = new_tensor(q, {a.heads, a.seq_q}, accumulator(q));
   run_attention_fwd(a, sequences, out, lse);
   return {out, lse};
 }

@@ -12,6 +12,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +25,7 @@
 
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
@@ -87,6 +90,24 @@ lmk::DType dtype_of(const Tensor& x) {
   }
   STD_TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64");
   return lmk::DType::f32;
+}
+
+// A contiguous tensor on the CPU, not written yet; without a dtype, in that of `like`. torch::stable::new_empty goes
+// through the dispatcher, which costs more than a microsecond each time. With LMKERNELS_POISON_MEMORY, as in the tests,
+// it holds NaN.
+Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, std::optional<ScalarType> dtype = std::nullopt) {
+  static const bool poisoned = std::getenv("LMKERNELS_POISON_MEMORY") != nullptr;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(1, sizes[axis])) strides[axis] = stride;
+  const ScalarType type = dtype.value_or(like.scalar_type());
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &made));
+  Tensor x(made);
+  if (poisoned && x.numel() > 0) memset(x.mutable_data_ptr(), 0xff, size_t(x.numel()) * x.element_size());
+  return x;
 }
 
 ScalarType accumulator(const Tensor& q) {

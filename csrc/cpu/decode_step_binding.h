@@ -166,7 +166,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   checked_indices(lengths, 1, a.rows, "lengths", capacity);
   checked_indices(starts, 1, a.rows, "starts", capacity);
 
-  Tensor logits = torch::stable::new_empty(vectors, {a.rows, a.vocab}, ScalarType::Float);
+  Tensor logits = new_tensor(vectors, {a.rows, a.vocab}, ScalarType::Float);
   if (a.rows == 0) return logits;
 
   const auto data = [](const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); };
@@ -255,7 +255,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   }
   kernels.share_out(a, a.head);
   for (int64_t& slot : slots) slot = piece(slot);
-  Tensor memory = torch::stable::new_empty(vectors, {bytes}, ScalarType::Byte);
+  Tensor memory = new_tensor(vectors, {bytes}, ScalarType::Byte);
   char* base = static_cast<char*>(memory.mutable_data_ptr());
   for (lmk::StepLayer& layer : layers) {
     lmk::StepWeight* const parts[] = {&layer.qkv, &layer.project, &layer.up, &layer.gate, &layer.down};

@@ -31,7 +31,7 @@ Tensor untouched_zeros(const Tensor& like, int64_t rows, int64_t columns, Scalar
                                     [base, mapped](void*) { munmap(base, mapped); });
   }
 #endif
-  Tensor zeros = torch::stable::new_empty(like, {rows, columns}, dtype);
+  Tensor zeros = new_tensor(like, {rows, columns}, dtype);
   return torch::stable::zero_(zeros);
 }
 
@@ -72,8 +72,7 @@ Tensor embed_fwd(const OptionalTensor& x_, double scale, const OptionalTensor& t
   add(position_table, positions, "positions");
   add(type_table, type_ids, "type_ids");
   STD_TORCH_CHECK(a.n_tables > 0 && a.n_tables + (x_ ? 1 : 0) <= lmk::kMostTables, "one to three terms");
-  Tensor out = axes == 2 ? torch::stable::new_empty(first, {a.batch, a.seq, a.dim})
-                         : torch::stable::new_empty(first, {a.seq, a.dim});
+  Tensor out = axes == 2 ? new_tensor(first, {a.batch, a.seq, a.dim}) : new_tensor(first, {a.seq, a.dim});
   if (out.numel() == 0) return out;
   a.out = out.mutable_data_ptr();
 

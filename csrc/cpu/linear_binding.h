@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, c
   if (gate)
     STD_TORCH_CHECK(gate->is_contiguous() && gate->scalar_type() == x.scalar_type(),
                     "gate must be contiguous, in the dtype of x");
-  Tensor out = torch::stable::new_empty(x, {a.rows, a.cols}, residual ? residual->scalar_type() : x.scalar_type());
-  Tensor pre = torch::stable::new_empty(x, {need_pre ? a.rows : 0, need_pre ? a.cols : 0});
+  Tensor out = new_tensor(x, {a.rows, a.cols}, residual ? residual->scalar_type() : x.scalar_type());
+  Tensor pre = new_tensor(x, {need_pre ? a.rows : 0, need_pre ? a.cols : 0});
   a.end.dtype = dtype_of(out);
   a.end.pre_dtype = a.compute;
   a.end.out = out.mutable_data_ptr();
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, c
 }
 
 Tensor bias_gradient(const Tensor& like, int64_t cols, bool needed) {
-  return torch::stable::new_empty(like, {needed ? cols : 0}, accumulator(like));
+  return new_tensor(like, {needed ? cols : 0}, accumulator(like));
 }
 
 void run_activation(const lmk::ActivationArgs& a) {
@@ -133,8 +133,8 @@ void run_activation(const lmk::ActivationArgs& a) {
 std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight, bool need_dx,
                                              bool need_dweight) {
   const int64_t rows = x.size(0), depth = x.size(1), cols = weight.size(0);
-  Tensor dx = torch::stable::new_empty(x, {need_dx ? rows : 0, need_dx ? depth : 0});
-  Tensor dweight = torch::stable::new_empty(weight, {0, 0});
+  Tensor dx = new_tensor(x, {need_dx ? rows : 0, need_dx ? depth : 0});
+  Tensor dweight = new_tensor(weight, {0, 0});
   lmk::LinearArgs a{};
   a.compute = dtype_of(x);
   if (need_dx) {
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x
     const Tensor &first = turned ? x : dout, &second = turned ? dout : x;
     a.rows = first.size(1), a.cols = second.size(1), a.depth = rows;
     a.a = lines_of(first, 1), a.b = lines_of(second, 1);
-    dweight = torch::stable::new_empty(weight, {a.rows, a.cols});
+    dweight = new_tensor(weight, {a.rows, a.cols});
     a.end.dtype = dtype_of(weight), a.end.out = dweight.mutable_data_ptr(), a.end.out_row = a.cols;
     run_matmul(a);
     if (turned) dweight = torch::stable::transpose(dweight, 0, 1);
@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor&
   if (active || need_dbias) {
     p.dout = dout.const_data_ptr();
     p.dout_row = dout.stride(0), p.dout_dtype = dtype_of(dout);
-    Tensor dpre = torch::stable::new_empty(x, {active ? p.rows : 0, active ? p.cols : 0});
+    Tensor dpre = new_tensor(x, {active ? p.rows : 0, active ? p.cols : 0});
     if (active) {
       STD_TORCH_CHECK(
           pre && pre->is_contiguous() && pre->scalar_type() == x.scalar_type() && pre->numel() == p.rows * p.cols,
@@ -205,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& dout_, c
                     "dout, pre and gate must have one shape, pre and gate be contiguous and of one dtype");
   check_wide(dout, pre);
   p.activation = static_cast<lmk::Activation>(activation);
-  Tensor dpre = torch::stable::new_empty(pre, {p.rows, p.cols}), out = torch::stable::new_empty(pre, {p.rows, p.cols});
-  Tensor dgate = torch::stable::new_empty(pre, {gate ? p.rows : 0, gate ? p.cols : 0});
+  Tensor dpre = new_tensor(pre, {p.rows, p.cols}), out = new_tensor(pre, {p.rows, p.cols});
+  Tensor dgate = new_tensor(pre, {gate ? p.rows : 0, gate ? p.cols : 0});
   Tensor dbias = bias_gradient(pre, p.cols, need_dbias);
   p.dout = dout.const_data_ptr(), p.dout_row = dout.stride(0), p.dout_dtype = dtype_of(dout);
   p.pre = pre.const_data_ptr(), p.gate = gate ? gate->const_data_ptr() : nullptr;

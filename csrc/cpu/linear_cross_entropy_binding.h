@@ -43,9 +43,9 @@ void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& 
   const lmk::LossKernels& kernels = lmk::loss_kernels(a.compute);
   const int64_t count = int64_t(tokens.size());
   choose_loss_blocks(a, kernels, count);
-  Tensor low, shared = torch::stable::new_empty(like, {kernels.shared(a)}, ScalarType::Byte);
+  Tensor low, shared = new_tensor(like, {kernels.shared(a)}, ScalarType::Byte);
   if (a.dweight && lmk::element_size(a.dweight_dtype) == 2 && count > a.capacity) {
-    low = torch::stable::new_empty(like, {a.vocab, a.depth}, ScalarType::Byte);
+    low = new_tensor(like, {a.vocab, a.depth}, ScalarType::Byte);
     a.dweight_low = static_cast<uint8_t*>(low.mutable_data_ptr());
   }
   a.shared = shared.mutable_data_ptr();
@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor
   const std::vector<int64_t> tokens = counted_tokens(labels, a.vocab, ignore_index);
   const int64_t rows = hidden.size(0);
   Tensor loss = torch::stable::new_zeros(hidden, {rows}, acc);
-  Tensor dhidden = torch::stable::new_empty(hidden, {need_dhidden ? rows : 0, need_dhidden ? a.depth : 0}, acc);
-  Tensor dweight = torch::stable::new_empty(weight, {need_dweight ? a.vocab : 0, need_dweight ? a.depth : 0});
+  Tensor dhidden = new_tensor(hidden, {need_dhidden ? rows : 0, need_dhidden ? a.depth : 0}, acc);
+  Tensor dweight = new_tensor(weight, {need_dweight ? a.vocab : 0, need_dweight ? a.depth : 0});
   Tensor dbias = torch::stable::new_zeros(hidden, {need_dbias ? a.vocab : 0}, ScalarType::Double);
   if (int64_t(tokens.size()) < rows) torch::stable::zero_(dhidden);
   if (tokens.empty()) {

@@ -37,17 +37,17 @@ std::vector<Tensor> norm_fwd(const Tensor& x, const OptionalTensor& residual, co
   a.eps = eps;
   const Tensor& like = residual && a.dtype != a.x.dtype ? *residual : x;
   const auto lead = x.sizes().slice(0, x.dim() - 1);
-  std::vector<Tensor> results{torch::stable::new_empty(like, x.sizes())};
+  std::vector<Tensor> results{new_tensor(like, x.sizes())};
   a.y = results.back().mutable_data_ptr();
   if (residual) {
-    results.push_back(torch::stable::new_empty(like, x.sizes()));
+    results.push_back(new_tensor(like, x.sizes()));
     a.s = results.back().mutable_data_ptr();
   }
   if (for_backward) {
-    results.push_back(torch::stable::new_empty(x, lead, accumulator(x)));
+    results.push_back(new_tensor(x, lead, accumulator(x)));
     a.rstd = results.back().mutable_data_ptr();
     if (center) {
-      results.push_back(torch::stable::new_empty(x, lead, accumulator(x)));
+      results.push_back(new_tensor(x, lead, accumulator(x)));
       a.mean = results.back().mutable_data_ptr();
     }
   }
@@ -88,14 +88,14 @@ std::vector<Tensor> norm_bwd(const Tensor& dy, const OptionalTensor& ds, const T
   a.mean = mean ? const_cast<void*>(mean->const_data_ptr()) : nullptr;
 
   need_dweight &= weight.has_value(), need_dbias &= bias.has_value();
-  std::vector<Tensor> results{torch::stable::new_empty(s, s.sizes())};
+  std::vector<Tensor> results{new_tensor(s, s.sizes())};
   a.dx = results.back().mutable_data_ptr();
   if (need_dweight) {
-    results.push_back(torch::stable::new_empty(*weight, {a.cols}));
+    results.push_back(new_tensor(*weight, {a.cols}));
     a.dweight = results.back().mutable_data_ptr();
   }
   if (need_dbias) {
-    results.push_back(torch::stable::new_empty(*bias, {a.cols}));
+    results.push_back(new_tensor(*bias, {a.cols}));
     a.dbias = results.back().mutable_data_ptr();
   }
   if (a.rows == 0) {
@@ -108,7 +108,7 @@ std::vector<Tensor> norm_bwd(const Tensor& dy, const OptionalTensor& ds, const T
   a.chunks = (a.rows + a.chunk_rows - 1) / a.chunk_rows;
   OptionalTensor partial;
   if (need_dweight || need_dbias) {
-    partial = torch::stable::new_empty(s, {a.chunks, 2, a.cols}, accumulator(s));
+    partial = new_tensor(s, {a.chunks, 2, a.cols}, accumulator(s));
     a.partial = partial->mutable_data_ptr();
   }
   const lmk::NormKernels& kernels = (mean ? lmk::layer_norm_kernels : lmk::rms_norm_kernels)(a.dtype);

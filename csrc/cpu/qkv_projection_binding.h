@@ -48,15 +48,15 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_fwd(const Tensor& x_, const Te
   const int64_t all = heads + 2 * heads_kv;
   STD_TORCH_CHECK(heads > 0 && heads_kv > 0 && a.cols % all == 0, "weight must have (h + 2 h_kv) d rows");
   const int64_t d = a.cols / all;
-  Tensor q = torch::stable::new_empty(x, {a.rows, heads, d});
-  Tensor k = torch::stable::new_empty(x, {a.rows, heads_kv, d}), v = torch::stable::new_empty(x, {a.rows, heads_kv, d});
+  Tensor q = new_tensor(x, {a.rows, heads, d});
+  Tensor k = new_tensor(x, {a.rows, heads_kv, d}), v = new_tensor(x, {a.rows, heads_kv, d});
   if (q.numel() == 0) return {q, k, v};
   a.end.dtype = a.compute;
   if (bias) a.end.bias = bias->const_data_ptr(), a.end.bias_dtype = dtype_of(*bias);
   a.split = head_split(x, a.rows, seq, heads, heads_kv, d, cos, sin, positions, interleaved);
   a.split.q = q.mutable_data_ptr(), a.split.k = k.mutable_data_ptr(), a.split.v = v.mutable_data_ptr();
   if (is_skinny(x, weight)) {
-    Tensor product = torch::stable::new_empty(x, {a.rows, a.cols});
+    Tensor product = new_tensor(x, {a.rows, a.cols});
     a.end.out = product.mutable_data_ptr(), a.end.out_row = a.cols;
     run_skinny(dense_rows(x), weight, a.end);
     const lmk::JoinArgs j{a.compute, a.rows, a.split, a.end.out};
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_bwd(const Tensor& dq_, const T
                       dq.scalar_type() == x.scalar_type() && dk.scalar_type() == x.scalar_type() &&
                       dv.scalar_type() == x.scalar_type(),
                   "dq must be (rows, h, d), dk and dv (rows, h_kv, d), in the dtype of x");
-  Tensor dout = torch::stable::new_empty(x, {j.rows, cols});
+  Tensor dout = new_tensor(x, {j.rows, cols});
   j.split = head_split(x, j.rows, seq, heads, heads_kv, d, cos, sin, positions, interleaved);
   j.split.q = const_cast<void*>(dq.const_data_ptr());
   j.split.k = const_cast<void*>(dk.const_data_ptr());

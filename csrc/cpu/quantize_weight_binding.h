@@ -35,7 +35,7 @@ Tensor quantized_linear_fwd(const Tensor& x_, const Tensor& data, const Tensor& 
   if (out.numel() == 0) return out;
 
   const int64_t words = a.rows * a.padded / 2, starts = a.rows * a.groups * 2;
-  Tensor packed = torch::stable::new_empty(x, {words + starts + a.rows}, ScalarType::Int);
+  Tensor packed = new_tensor(x, {words + starts + a.rows}, ScalarType::Int);
   a.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
   a.starts = reinterpret_cast<int32_t*>(a.words + words);
   a.x_scales = reinterpret_cast<float*>(a.starts + starts);

@@ -39,8 +39,8 @@ Tensor rotary(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Op
   a.cos = angle_table(cos), a.sin = angle_table(sin);
   a.positions = checked_indices(positions, a.batch, a.seq, "positions", rows);
   a.interleaved = interleaved, a.inverse = inverse;
-  Tensor out = axes == 4 ? torch::stable::new_empty(x, {a.batch, a.seq, a.heads, a.head_dim})
-                         : torch::stable::new_empty(x, {a.seq, a.heads, a.head_dim});
+  Tensor out =
+      axes == 4 ? new_tensor(x, {a.batch, a.seq, a.heads, a.head_dim}) : new_tensor(x, {a.seq, a.heads, a.head_dim});
   if (out.numel() == 0) return out;
   a.out = out.mutable_data_ptr();
 

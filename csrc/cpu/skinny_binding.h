@@ -23,7 +23,7 @@ lmk::Epilogue epilogue_of(const Tensor& x, int64_t cols, const OptionalTensor& b
   }
   STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(lmk::Activation::tanh), "no such activation");
   e.activation = static_cast<lmk::Activation>(activation);
-  out = torch::stable::new_empty(x, {x.size(0), cols}, residual ? residual->scalar_type() : x.scalar_type());
+  out = new_tensor(x, {x.size(0), cols}, residual ? residual->scalar_type() : x.scalar_type());
   e.out = out.mutable_data_ptr(), e.out_row = cols, e.dtype = dtype_of(out);
   return e;
 }
@@ -53,7 +53,7 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
     const int64_t line = 64 / kernels.packed_size;
     a.packed_row = (a.depth + unit - 1) / unit * unit;
     a.packed_row = ((a.packed_row + line - 1) / line | 1) * line;
-    packed = torch::stable::new_empty(x, {a.rows * a.packed_row * kernels.packed_size}, ScalarType::Byte);
+    packed = new_tensor(x, {a.rows * a.packed_row * kernels.packed_size}, ScalarType::Byte);
     a.packed = packed->mutable_data_ptr();
     for (int64_t r = 0; r < a.rows; ++r) kernels.pack_x(a, packed->mutable_data_ptr(), r);
   }

@@ -13,7 +13,7 @@ Tensor softmax_fwd(const Tensor& x, bool wide) {
   a.x = row_view(x, copy);
   const lmk::DType dtype = wide ? lmk::DType::f32 : a.x.dtype;
   STD_TORCH_CHECK(!wide || lmk::element_size(a.x.dtype) == 2, "a wide result is for x of 16 bits");
-  Tensor y = torch::stable::new_empty(x, x.sizes(), wide ? ScalarType::Float : x.scalar_type());
+  Tensor y = new_tensor(x, x.sizes(), wide ? ScalarType::Float : x.scalar_type());
   if (y.numel() == 0) return y;
   a.cols = last_size(x);
   a.out = y.mutable_data_ptr();
@@ -32,7 +32,7 @@ Tensor softmax_bwd(const Tensor& dy, const Tensor& y) {
   a.dy = row_view(dy, copies[0]);
   a.y = row_view(y, copies[1]);
   STD_TORCH_CHECK(same_shape(dy, y) && a.dy.dtype == a.y.dtype, "dy must have the shape and dtype of y");
-  Tensor dx = torch::stable::new_empty(y, y.sizes());
+  Tensor dx = new_tensor(y, y.sizes());
   if (dx.numel() == 0) return dx;
   a.cols = last_size(y);
   a.out = dx.mutable_data_ptr();

@@ -10,7 +10,11 @@ from torch import Tensor
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd has to be entered: it costs more than a small op computes."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # any() over a generator would take a microsecond
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def reference_gradients(

@@ -26,12 +26,13 @@ def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arg
     reasons = []
     for name, module in backends.items():
         reason = module.unsupported(*arguments)
-        if reason is None and name in ("native", "triton") and isinstance(arguments[0], Tensor):
-            if name == "triton" and arguments[0].is_cpu:
-                reason = "runs on the CPU only when it is asked for by name"
-            elif name == "native" and arguments[0].is_cuda:
-                reason = "runs on a GPU only when it is asked for by name"
         if reason is None:
-            return module
+            first = arguments[0]
+            if name == "native" and isinstance(first, Tensor) and first.is_cuda:
+                reason = "runs on a GPU only when it is asked for by name"
+            elif name == "triton" and isinstance(first, Tensor) and first.is_cpu:
+                reason = "runs on the CPU only when it is asked for by name"
+            else:
+                return module
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op}: no backend can run this; " + "; ".join(reasons))

@@ -24,9 +24,7 @@ def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
             and h % h_kv == 0
             and d > 0
             and d_v > 0
-            and q.dtype == k.dtype == v.dtype
-            and q.dtype in FLOATS
-            and q.device == k.device == v.device
+            and _alike(q, k, v)
         )
     except (AttributeError, ValueError):
         fits = False
@@ -34,6 +32,17 @@ def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
         _explain_qkv(q, k, v, names, "(b, s, h, d)")
         b, s_q, h, d, s_k = *q.shape, k.shape[1]
     return b, s_q, h, d, s_k
+
+
+def _alike(q, k, v) -> bool:
+    """One floating dtype and one device."""
+    dtype = q.dtype
+    return (
+        dtype is k.dtype
+        and dtype is v.dtype
+        and dtype in FLOATS
+        and (q.is_cpu and k.is_cpu and v.is_cpu or q.device == k.device == v.device)
+    )
 
 
 def check_packed_qkv(q, k, v) -> tuple[int, int, int, int]:
@@ -50,9 +59,7 @@ def check_packed_qkv(q, k, v) -> tuple[int, int, int, int]:
             and h % h_kv == 0
             and d > 0
             and d_v > 0
-            and q.dtype == k.dtype == v.dtype
-            and q.dtype in FLOATS
-            and q.device == k.device == v.device
+            and _alike(q, k, v)
         )
     except (AttributeError, ValueError):
         fits = False

@@ -70,7 +70,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the compiled library has no kernel for device {q.device.type!r}"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype} is not one of float32, bfloat16, float16, float64"
-    if q.size(-1) > MAX_HEAD_DIM or v.size(-1) > MAX_HEAD_DIM:
+    if q.shape[-1] > MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM:
         return f"head sizes go up to {MAX_HEAD_DIM}, got {q.size(-1)} and {v.size(-1)}"
     return None
 
