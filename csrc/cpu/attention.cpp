@@ -5,6 +5,8 @@
 #include <initializer_list>
 #include <limits>
 
+#include "fetch.h"
+
 #define LMK_BODY "attention_body.h"
 #define LMK_BODY_HAS_TILES
 #include "foreach_isa.h"

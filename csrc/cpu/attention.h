@@ -57,7 +57,7 @@ struct AttentionArgs {
   // forward
   void* out;      // (batch, seq_q, heads, head_dim_v), contiguous
   void* lse;      // (batch, heads, seq_q), float or double
-  void* partial;  // split path: per task, the maximum, sum and accumulator of each row
+  void* partial;  // split path: the state of each row of every task of a key head with several
 
   // backward
   Heads dout;
@@ -89,8 +89,10 @@ struct AttentionKernels {
   int64_t (*fwd_scratch)(const AttentionArgs&);  // bytes
   void (*fwd)(const AttentionArgs&, const AttentionTask&, const AttentionTask* next, void* scratch);
 
-  // Few rows and many keys: a task is a share of the keys. Finish is called once per key head, with part 0.
+  // Few rows and many keys: a task is a share of the keys. Finish is called, with part 0, once per key head that has
+  // several tasks.
   int64_t (*split_scratch)(const AttentionArgs&);
+  int64_t (*split_state)(const AttentionArgs&);  // elements of a row in partial
   void (*split)(const AttentionArgs&, const AttentionTask&, void* scratch);
   void (*split_finish)(const AttentionArgs&, const AttentionTask&);
 

@@ -222,9 +222,12 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
     s.share = std::max(kLeastSplit, (s.seq_k * a.heads_kv / kSplitShares + kSplitUnit - 1) / kSplitUnit * kSplitUnit);
     s.parts = std::max<int64_t>(1, (s.seq_k + s.share - 1) / s.share);
     s.rows_before = split_rows;
-    split_rows += a.heads_kv * s.parts * rows;
     split_work += 16 * attention_flops(a, s) / rows;  // a key costs its bytes here, not its flops
-    add_tasks(b, a.heads_kv, s.parts, splits);
+    // key heads innermost: the rows of a token are neighbours in memory
+    for (int64_t part = 0; part < s.parts; ++part)
+      for (int64_t hk = 0; hk < a.heads_kv; ++hk) splits.push_back({b, hk, part});
+    if (s.parts == 1) continue;
+    split_rows += a.heads_kv * s.parts * rows;
     add_tasks(b, a.heads_kv, 1, finishes);
   }
   a.sequence = sequences.data();
@@ -232,10 +235,11 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
   run_tasks(int64_t(tasks.size()), kernels.fwd_scratch(a), flops,
             [&](int64_t i, void* scratch) { kernels.fwd(a, tasks[i], next_task(tasks, i), scratch); });
   if (splits.empty()) return;
-  const int64_t state = 2 + (a.head_dim_v + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
-  Tensor partial = new_tensor(lse, {split_rows * state});
-  a.partial = partial.mutable_data_ptr();
-  a.most_rows = lmk::kFewRows;
+  OptionalTensor partial;
+  if (split_rows > 0) {
+    partial = new_tensor(lse, {split_rows * kernels.split_state(a)});
+    a.partial = partial->mutable_data_ptr();
+  }
   run_tasks(int64_t(splits.size()), kernels.split_scratch(a), split_work,
             [&](int64_t i, void* scratch) { kernels.split(a, splits[i], scratch); });
   run_tasks(int64_t(finishes.size()), 0, 0, [&](int64_t i, void*) { kernels.split_finish(a, finishes[i]); });

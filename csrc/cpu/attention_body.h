@@ -4,6 +4,8 @@
 #include "vecmath.h"
 #include "gemm.h"
 #include "rows.h"
+#include "elements.h"
+#include "row_products.h"
 #include "philox.h"
 #include "attention_score_body.h"
 #include "attention_fwd_body.h"
@@ -14,17 +16,18 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-template <class M>
+// M: how tiles multiply; P: how few rows do.
+template <class M, class P>
 constexpr AttentionKernels kernels_of() {
-  using T = typename M::Acc;
-  return {M::V::kLanes,   sizeof(T), kBwdKeys,         kBwdRows,         kBwdKeys,
-          fwd_scratch<M>, fwd<M>,    split_scratch<T>, split<T>,         split_finish<T>,
-          bwd_scratch<M>, bwd<M>,    bwd_finish<M>,    dbias_scratch<M>, dbias<M>};
+  return {M::V::kLanes, sizeof(typename M::Acc), kBwdKeys,         kBwdRows, kBwdKeys,        fwd_scratch<M>,
+          fwd<M>,       split_scratch<P>,        split_state<P>,   split<P>, split_finish<P>, bwd_scratch<M>,
+          bwd<M>,       bwd_finish<M>,           dbias_scratch<M>, dbias<M>};
 }
 
 // One row per DType, in its order.
-constexpr AttentionKernels kAttention[] = {kernels_of<MathFma<float>>(), kernels_of<MathForBf16>(),
-                                           kernels_of<MathFma<float>>(), kernels_of<MathFma<double>>()};
+constexpr AttentionKernels kAttention[] = {
+    kernels_of<MathFma<float>, FmaProducts<float>>(), kernels_of<MathForBf16, ProductsForBf16>(),
+    kernels_of<MathFma<float>, FmaProducts<F16>>(), kernels_of<MathFma<double>, FmaProducts<double>>()};
 
 }  // namespace
 }  // namespace LMK_NS

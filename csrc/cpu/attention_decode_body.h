@@ -234,20 +234,6 @@ T finish_scores(const DecodeArgs& a, int64_t b, const DecodeRow& row, int64_t j0
   return reduce_max(top);
 }
 
-// s (n,) becomes exp(factor s - top); returns the sum.
-template <class P>
-typename P::T exponentials(typename P::T* s, int64_t n, typename P::T factor, typename P::T top) {
-  using V = typename P::V;
-  const V f = V::set1(factor), shift = V::set1(-top);
-  V sum = V::zero();
-  for (int64_t j = 0; j < n; j += V::kLanes) {
-    const V p = P::exp(fma(V::load(s + j), f, shift));
-    p.store(s + j);
-    sum = sum + p;
-  }
-  return reduce_add(sum);
-}
-
 // Closes the softmax of a row: writes out and the log-sum-exp. A row that saw nothing gets 0 and -inf.
 template <class T>
 void finish_row(const DecodeArgs& a, int64_t b, const DecodeRow& row, T m, T l, T* o, int64_t o_ld) {
@@ -400,18 +386,10 @@ constexpr DecodeKernels decode_kernels_of() {
   return {decode_scratch<P>, decode_state<P>, decode_append<P>, decode_attend<P>, decode_finish<P>};
 }
 
-#if LMK_BF16_DOT
-using CachedBf16 = Bf16Products;
-using CachedInt8 = Int8Products;
-#else
-using CachedBf16 = FmaProducts<Bf16>;
-using CachedInt8 = FmaProducts<int8_t>;
-#endif
-
 // One per CacheType, in its order.
-constexpr DecodeKernels kDecode[] = {decode_kernels_of<FmaProducts<float>>(), decode_kernels_of<CachedBf16>(),
+constexpr DecodeKernels kDecode[] = {decode_kernels_of<FmaProducts<float>>(), decode_kernels_of<ProductsForBf16>(),
                                      decode_kernels_of<FmaProducts<F16>>(), decode_kernels_of<FmaProducts<double>>(),
-                                     decode_kernels_of<CachedInt8>()};
+                                     decode_kernels_of<ProductsForInt8>()};
 
 }  // namespace
 }  // namespace LMK_NS

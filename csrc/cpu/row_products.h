@@ -287,6 +287,14 @@ struct Int8Products : PairProducts {
 
 #endif
 
+#if LMK_BF16_DOT
+using ProductsForBf16 = Bf16Products;
+using ProductsForInt8 = Int8Products;
+#else
+using ProductsForBf16 = FmaProducts<Bf16>;
+using ProductsForInt8 = FmaProducts<int8_t>;
+#endif
+
 inline void fetch_bytes(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) fetch_to_l2(row + i);
 }
@@ -352,6 +360,20 @@ void dots(const typename P::Query* q, int64_t q_ld, int64_t m, const char* const
   for (; r + 2 <= m; r += 2, next = nullptr)
     dot_rows<P, 2>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
   if (r < m) dot_rows<P, 1>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
+}
+
+// s (n,) becomes exp(factor s - top); returns the sum.
+template <class P>
+typename P::T exponentials(typename P::T* s, int64_t n, typename P::T factor, typename P::T top) {
+  using V = typename P::V;
+  const V f = V::set1(factor), shift = V::set1(-top);
+  V sum = V::zero();
+  for (int64_t j = 0; j < n; j += V::kLanes) {
+    const V p = P::exp(fma(V::load(s + j), f, shift));
+    p.store(s + j);
+    sum = sum + p;
+  }
+  return reduce_add(sum);
 }
 
 // o = correction * o + unit * (p . rows), row by row of o and p
