@@ -36,6 +36,7 @@ inline QuantizedArgs quantized_args(const DecodeStepArgs& a, const StepWeight& w
   q.padded = round_up(w.depth, kWeightGroup);
   q.groups = (q.padded + (w.bits == 4 ? kWeightGroup : kByteGroup) - 1) / (w.bits == 4 ? kWeightGroup : kByteGroup);
   q.panels_per_task = w.task_cols / kPanelCols;
+  q.streams = prefers_streams();
   return q;
 }
 
@@ -44,6 +45,7 @@ inline SkinnyArgs skinny_args(const DecodeStepArgs& a, const StepWeight& w) {
   s.dtype = a.dtype;
   s.rows = a.rows, s.depth = is_whole_row(w) ? w.depth : w.sum_depth, s.cols = w.cols;
   s.transposed = w.transposed, s.weight_row = w.row, s.sum_depth = w.sum_depth;
+  s.streams = prefers_streams();
   return s;
 }
 
@@ -58,7 +60,8 @@ void share_out(const DecodeStepArgs& a, StepWeight& w) {
     return;
   }
   if (w.bits) {
-    const int64_t panel_bytes = kPanelCols * round_up(w.depth, kWeightGroup) * w.bits / 8, unit = 2;
+    const int64_t panel_bytes = kPanelCols * round_up(w.depth, kWeightGroup) * w.bits / 8;
+    const int64_t unit = prefers_streams() && w.bits == 8 && a.rows == 1 ? kStreams : 2;
     w.task_cols = round_up((kBytes / 4 + panel_bytes - 1) / panel_bytes, unit) * kPanelCols;
   } else if (!w.transposed) {
     w.task_cols = round_up((kRowsBytes + w.depth * element - 1) / (w.depth * element), 32);

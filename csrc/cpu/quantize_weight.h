@@ -38,7 +38,8 @@ struct QuantizedArgs {
   int32_t* starts;  // (rows, groups, 2): what makes the weights' zero count as nothing
   float* x_scales;  // (rows,)
   int64_t panels_per_task, rows_per_task;
-  Ahead next;  // is fetched at the end of a task
+  Ahead next;    // is fetched at the end of a task
+  bool streams;  // whether one row reads 8 bits from kStreams panels in turn, where a task has so many
 };
 
 // For one instruction set. No function allocates, throws or starts threads. Neither the other rows nor the columns of a

@@ -47,7 +47,9 @@ Tensor quantized_linear_fwd(const Tensor& x_, const Tensor& data, const Tensor& 
   const int64_t panel_bytes = std::max<int64_t>(1, lmk::kPanelCols * a.padded * bits / 8);
   a.rows_per_task = std::min(a.rows, kRows);
   a.panels_per_task = std::max(blocks(panels, kTasks), blocks(kLeastBytes, panel_bytes));
-  a.panels_per_task = blocks(a.panels_per_task, kernels.tile_panels) * kernels.tile_panels;
+  a.streams = lmk::prefers_streams();
+  const int64_t unit = a.streams && bits == 8 && a.rows == 1 ? lmk::kStreams : kernels.tile_panels;
+  a.panels_per_task = blocks(a.panels_per_task, unit) * unit;
   const int64_t tasks = blocks(a.rows, a.rows_per_task) * blocks(panels, a.panels_per_task);
   run_tasks(tasks, kernels.scratch(a), std::max<double>(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * data.numel()),
             [&](int64_t task, void* scratch) { kernels.run(a, task, scratch); });

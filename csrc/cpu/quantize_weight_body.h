@@ -139,7 +139,7 @@ constexpr int kTileOfRows = 4, kTilePanels = 2;
 #else
 constexpr int kTileOfRows = 2, kTilePanels = 1;
 #endif
-constexpr int kPanelVecs = kPanelCols / LMK_LANES, kTileOfVecs = kTilePanels * kPanelVecs;
+constexpr int kPanelVecs = kPanelCols / LMK_LANES;
 
 inline int64_t quantized_pack_scratch(const QuantizedArgs& a) { return a.padded * int64_t(sizeof(float)); }
 
@@ -177,16 +177,17 @@ inline Vec<float> load_scales(const uint16_t* p) {
   return Vec<float>::load(lanes);
 }
 
-// product[row][:] = x[row] * weights of kTilePanels panels, of which the last may be missing.
-template <int kBits, int kRows>
+// product[row][:] = x[row] * weights of kPanels panels, of which the last may be missing. fetch: what is read later.
+template <int kBits, int kRows, int kPanels>
 [[gnu::noinline]] void quantized_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
                                       float* product, int64_t product_row) {
   using V = Vec<float>;
+  constexpr int kVecs = kPanels * kPanelVecs;
   constexpr int64_t kStepBytes = kPanelCols * 4, kGroupSteps = kWeightGroup / 4;
   const int64_t panels = (a.cols + kPanelCols - 1) / kPanelCols;
   const int64_t panel_bytes = a.padded * kPanelCols * kBits / 8;
-  const uint8_t* data[kTilePanels];
-  for (int p = 0; p < kTilePanels; ++p) data[p] = a.data + (panel + p < panels ? panel + p : panel) * panel_bytes;
+  const uint8_t* data[kPanels];
+  for (int p = 0; p < kPanels; ++p) data[p] = a.data + (panel + p < panels ? panel + p : panel) * panel_bytes;
   const auto scales_of = [&](int p, int64_t group) {
     const int64_t at = panel + p < panels ? panel + p : panel;
     if constexpr (kBits == 4)
@@ -196,42 +197,38 @@ template <int kBits, int kRows>
   };
   // what the next tile reads, at most 32 kB per panel on
   constexpr int64_t kFarthest = 32 * 1024;
-  int64_t ahead = panel_bytes * kTilePanels < kFarthest ? panel_bytes * kTilePanels : kFarthest;
+  int64_t ahead = panel_bytes * kPanels < kFarthest ? panel_bytes * kPanels : kFarthest;
   if (last && a.next.data) ahead = a.next.data - reinterpret_cast<const char*>(data[0]);
   const uint32_t* words = a.words + row * a.padded / 2;
   const int32_t* starts = a.starts + row * a.groups * 2;
   const int64_t words_row = a.padded / 2, starts_row = a.groups * 2;
-  V total[kRows][kTileOfVecs];
+  V total[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileOfVecs; ++v) total[r][v] = V::zero();
+    for (int v = 0; v < kVecs; ++v) total[r][v] = V::zero();
   int64_t left = a.padded / 4;  // steps
   for (int64_t group = 0; group < a.groups; ++group) {
-    Integers::Sum sum[kRows][kTileOfVecs];
+    Integers::Sum sum[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileOfVecs; ++v) sum[r][v] = Integers::start(starts + r * starts_row);
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = Integers::start(starts + r * starts_row);
     if constexpr (kBits == 4) {
       for (int i = 0; i < kGroupSteps / 2; ++i) {
-        Integers::W low[kTileOfVecs], high[kTileOfVecs];
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileOfVecs; ++v) {
+        for (int v = 0; v < kVecs; ++v) {
           const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
           if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          const Integers::W w = Integers::load(p);
-          low[v] = Integers::low(w), high[v] = Integers::high(w);
-        }
+          const Integers::W w = Integers::load(p), low = Integers::low(w), high = Integers::high(w);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-          for (int v = 0; v < kTileOfVecs; ++v) {
-            Integers::step(sum[r][v], low[v], words + r * words_row);
-            Integers::step(sum[r][v], high[v], words + r * words_row + kGroupSteps);
+          for (int r = 0; r < kRows; ++r) {
+            Integers::step(sum[r][v], low, words + r * words_row);
+            Integers::step(sum[r][v], high, words + r * words_row + kGroupSteps);
           }
+        }
         words += 2;
-        for (int p = 0; p < kTilePanels; ++p) data[p] += kStepBytes;
+        for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
       }
       words += kGroupSteps;
     } else {
@@ -239,24 +236,21 @@ template <int kBits, int kRows>
       const int64_t steps = left < kSteps ? left : kSteps;
       left -= steps;
       for (int64_t i = 0; i < steps; ++i) {
-        Integers::W w[kTileOfVecs];
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileOfVecs; ++v) {
+        for (int v = 0; v < kVecs; ++v) {
           const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
           if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          w[v] = Integers::load(p);
+          const Integers::W w = Integers::load(p);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) Integers::step(sum[r][v], w, words + r * words_row);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-          for (int v = 0; v < kTileOfVecs; ++v) Integers::step(sum[r][v], w[v], words + r * words_row);
         words += 2;
-        for (int p = 0; p < kTilePanels; ++p) data[p] += kStepBytes;
+        for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
       }
     }
     starts += 2;
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileOfVecs; ++v) {
+    for (int v = 0; v < kVecs; ++v) {
       V scale = V::set1(1.f);
       if constexpr (kBits == 4) scale = load_scales(scales_of(v / kPanelVecs, group) + v % kPanelVecs * LMK_LANES);
 #pragma GCC unroll 8
@@ -268,7 +262,7 @@ template <int kBits, int kRows>
     }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < kTileOfVecs; ++v)
+  for (int v = 0; v < kVecs; ++v)
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       V y = total[r][v] * V::set1(a.x_scales[row + r]);
@@ -282,14 +276,14 @@ void quantized_rows(const QuantizedArgs& a, int64_t rows, int64_t row, int64_t p
                     float* product, int64_t product_row) {
   switch (rows) {
     case 1:
-      return quantized_tile<kBits, 1>(a, row, panel, fetch, last, product, product_row);
+      return quantized_tile<kBits, 1, kTilePanels>(a, row, panel, fetch, last, product, product_row);
     case 2:
-      return quantized_tile<kBits, 2>(a, row, panel, fetch, last, product, product_row);
+      return quantized_tile<kBits, 2, kTilePanels>(a, row, panel, fetch, last, product, product_row);
 #if LMK_LANES == 16
     case 3:
-      return quantized_tile<kBits, 3>(a, row, panel, fetch, last, product, product_row);
+      return quantized_tile<kBits, 3, kTilePanels>(a, row, panel, fetch, last, product, product_row);
     case 4:
-      return quantized_tile<kBits, 4>(a, row, panel, fetch, last, product, product_row);
+      return quantized_tile<kBits, 4, kTilePanels>(a, row, panel, fetch, last, product, product_row);
 #endif
   }
 }
@@ -308,7 +302,11 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   const int64_t cols = a.cols - col < most ? a.cols - col : most, ld = product_cols(a);
   const int64_t tiles = (rows + kTileOfRows - 1) / kTileOfRows;
   float* product = static_cast<float*>(scratch);
-  for (int64_t p = 0; p * kPanelCols < cols; p += kTilePanels)
+  int64_t p = 0;
+  if (rows == 1 && a.streams && a.bits == 8)  // with 4 bits it gains nothing: panels are short, and have scales
+    for (; (p + kStreams) * kPanelCols <= cols; p += kStreams)
+      quantized_tile<8, 1, kStreams>(a, row, panel + p, false, false, product + p * kPanelCols, ld);
+  for (; p * kPanelCols < cols; p += kTilePanels)
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
       const int64_t have = (rows - r + tiles - i - 1) / (tiles - i);
       float* dst = product + r * ld + p * kPanelCols;

@@ -42,6 +42,7 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
   a.transposed = weight.stride(1) != 1;
   a.weight = weight.const_data_ptr(), a.weight_row = weight.stride(a.transposed ? 1 : 0);
   a.epilogue = epilogue;
+  a.streams = lmk::prefers_streams();
 
   const lmk::SkinnyKernels& kernels = lmk::skinny_kernels(a.dtype);
   const int64_t unit = kernels.packed_unit;
@@ -61,7 +62,7 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
   // from the shape alone, although results depend on neither
   constexpr int64_t kTasks = 16, kLeastBytes = 64 * 1024;
   const int64_t column_bytes = std::max<int64_t>(1, a.depth * lmk::element_size(a.dtype));
-  const int64_t granule = a.transposed ? kernels.column_unit : 4;
+  const int64_t granule = a.transposed ? kernels.column_unit : lmk::kStreams;
   int64_t cols = std::max((a.cols + kTasks - 1) / kTasks * (a.transposed ? 2 : 1), kLeastBytes / column_bytes);
   cols = (cols + granule - 1) / granule * granule;
   run_tasks(

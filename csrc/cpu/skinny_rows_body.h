@@ -209,6 +209,48 @@ void dot_one(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols, typen
   }
 }
 
+// The same with the same bits, from kStreams places of memory in turn, each of which gives `cols` rows.
+template <class M>
+[[gnu::noinline]] void dot_streams(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols,
+                                   typename M::Acc* product) {
+  using V = typename M::V;
+  constexpr int64_t kBlock = 2048 / sizeof(typename M::Elem);
+  const typename M::X* x = static_cast<const typename M::X*>(a.packed);
+  const int64_t whole = a.depth / M::kDepth * M::kDepth, stream = cols * a.weight_row;
+  for (int64_t c = 0; c < cols; ++c, w += a.weight_row) {
+    V sum[kStreams];
+    bool first = true;
+    if (whole < a.depth) {
+      for (int s = 0; s < kStreams; ++s) {
+        typename M::Elem padded[M::kDepth] = {};
+        for (int64_t k = whole; k < a.depth; ++k) padded[k - whole] = w[s * stream + k];
+        sum[s] = M::dot(V::zero(), M::load(padded), M::load_x(x + whole));
+      }
+      first = false;
+    }
+    for (int64_t k = 0; k < whole; k += kBlock) {
+      const int64_t end = whole - k < kBlock ? whole : k + kBlock;
+      V acc[kStreams];
+#pragma GCC unroll 8
+      for (int s = 0; s < kStreams; ++s) acc[s] = V::zero();
+      for (int64_t i = k; i < end; i += M::kDepth) {
+        const typename M::W xv = M::load_x(x + i);
+#pragma GCC unroll 8
+        for (int s = 0; s < kStreams; ++s) acc[s] = M::dot(acc[s], M::load(w + s * stream + i), xv);
+      }
+#pragma GCC unroll 8
+      for (int s = 0; s < kStreams; ++s) sum[s] = first ? acc[s] : sum[s] + acc[s];
+      first = false;
+    }
+    for (int s = 0; s < kStreams; s += 4) {
+      typename M::Acc four[4];
+      const V some[4] = {sum[s], sum[s + 1], sum[s + 2], sum[s + 3]};
+      reduce_four(some, four);
+      for (int i = 0; i < 4; ++i) product[(s + i) * cols + c] = four[i];
+    }
+  }
+}
+
 // A tile writes kDotCols columns, one that has a single column too; finish_row wants whole vectors.
 inline int64_t product_row(int64_t cols) { return round_up(cols + kDotCols - 1, 16); }
 
@@ -224,7 +266,9 @@ void run_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   const int64_t ld = product_row(cols);
   const typename M::Elem* w = static_cast<const typename M::Elem*>(a.weight) + first * a.weight_row;
   if (a.rows == 1) {
-    dot_one<M>(a, w, cols, product);
+    const int64_t streams = a.streams ? cols / kStreams : 0, done = streams * kStreams;
+    if (streams > 0) dot_streams<M>(a, w, streams, product);
+    dot_one<M>(a, w + done * a.weight_row, cols - done, product + done);
     finish_row(a.epilogue, 0, first, cols, product);
     return;
   }

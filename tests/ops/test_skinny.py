@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +164,29 @@ def test_what_does_not_fit_is_refused(change, native):
     inputs = {"x": torch.randn(3, 5), "weight": torch.randn(4, 5)} | change
     with pytest.raises(RuntimeError):
         skinny(**inputs)
+
+
+ROWS_OF_EVERY_DTYPE = """
+import hashlib
+import torch
+from lmkernels import linear, quantize_weight
+torch.manual_seed(0)
+for n, k in ((1000, 768), (37, 131), (515, 33), (129, 1100)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, weight = torch.randn(1, k, dtype=dtype), torch.randn(n, k, dtype=dtype)
+        for w in (weight, quantize_weight(weight.float(), "int8")):
+            if dtype != torch.float64 or w is weight:
+                print(n, k, dtype, hashlib.sha1(linear(x, w).view(torch.uint8).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_from_how_many_places_memory_is_read_does_not_change_the_bits(native):
+    def run(streams: str) -> str:
+        environment = os.environ | {"LMKERNELS_STREAMS": streams}
+        return subprocess.check_output([sys.executable, "-c", ROWS_OF_EVERY_DTYPE], env=environment, text=True)
+
+    from_one = run("0")
+    assert from_one.count("bfloat16") == 8 and from_one == run("1")
 
 
 def test_every_instruction_set_of_this_cpu(rerun_on_isa):
