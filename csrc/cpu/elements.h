@@ -122,6 +122,25 @@ inline void load_pair(const Bf16* p, Vec<float>& a, Vec<float>& b) {
 }
 #endif
 
+// Two vectors to neighbouring places: bfloat16 takes fewer instructions for both at once.
+template <class E, class V>
+inline void store_pair(V a, V b, E* p) {
+  store_vec(a, p);
+  store_vec(b, p + V::kLanes);
+}
+#if LMK_BF16_DOT
+inline void store_pair(Vec<float> a, Vec<float> b, Bf16* p) {
+  constexpr int kSubnormal = 0x20;
+  const __mmask16 few = _mm512_fpclass_ps_mask(a.v, kSubnormal), more = _mm512_fpclass_ps_mask(b.v, kSubnormal);
+  if (__builtin_expect(_mm512_kortestz(few, more), 1)) {
+    _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+    return;
+  }
+  store_vec(a, p);
+  store_vec(b, p + 16);
+}
+#endif
+
 }  // namespace
 }  // namespace LMK_NS
 }  // namespace lmk

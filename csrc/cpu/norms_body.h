@@ -94,9 +94,9 @@ inline void add_deviation(V x, V mean, V& sum, V& squares) {
   squares = fma(d, d, squares);
 }
 
-// Sum and sum of squares of x - mean.
+// Sum and sum of squares of x - mean; next: the row to fetch
 template <class E>
-void deviations(const E* x, int64_t cols, Acc<E> mean, double& sum, double& squares) {
+void deviations(const E* x, int64_t cols, Acc<E> mean, const E* next, double& sum, double& squares) {
   using V = Vec<Acc<E>>;
   const V m = V::set1(mean);
   sum = squares = 0;
@@ -107,6 +107,7 @@ void deviations(const E* x, int64_t cols, Acc<E> mean, double& sum, double& squa
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
       for (int u = 0; u < kUnroll; u += 2) {
         V v[2];
+        for (int k = 0; k < 2; ++k) fetch_vec(next + i + (u + k) * V::kLanes, u + k);
         load_pair(x + i + u * V::kLanes, v[0], v[1]);
         for (int k = 0; k < 2; ++k) add_deviation(v[k], m, s1.part[u + k], s2.part[u + k]);
       }
@@ -170,7 +171,7 @@ void fwd(const NormArgs& a, int64_t begin, int64_t end, void* scratch) {
         // Rounding the mean may lose more than the values differ by; what is left of them has a mean of its own.
         double squares;
         f[r].mean = T(mean[r]);
-        deviations(f[r].s, cols, f[r].mean, rest, squares);
+        deviations(f[r].s, cols, f[r].mean, row_of<E>(a.x, first + r + group), rest, squares);
         rest *= per_element;
         variance[r] = squares * per_element - rest * rest;
       }
@@ -185,10 +186,11 @@ void fwd(const NormArgs& a, int64_t begin, int64_t end, void* scratch) {
       const E* next = row_of<E>(a.x, first + r + group);
       E* y = static_cast<E*>(a.y) + (first + r) * cols;
       int64_t i = 0;
-      for (; i + kLanes <= cols; i += kLanes) {
-        __builtin_prefetch(next + i);
-        store_vec(row(i, kLanes, weight, bias), y + i);
+      for (; i + 2 * kLanes <= cols; i += 2 * kLanes) {
+        for (int k = 0; !kCenter && k < 2; ++k) fetch_vec(next + i + k * kLanes, k);
+        store_pair(row(i, kLanes, weight, bias), row(i + kLanes, kLanes, weight, bias), y + i);
       }
+      for (; i + kLanes <= cols; i += kLanes) store_vec(row(i, kLanes, weight, bias), y + i);
       if (i < cols) store_up_to(row(i, cols - i, weight, bias), cols - i, y + i);
     }
   }

@@ -38,6 +38,13 @@ inline void store_up_to(Vec<Acc<E>> x, int64_t n, E* p) {
     store_some(x, n, p);
 }
 
+// Fetches the line that vector number `u` of a pass begins, where it begins one.
+template <class E>
+inline void fetch_vec(const E* p, int u) {
+  constexpr int64_t kBytes = Vec<Acc<E>>::kLanes * int64_t(sizeof(E));
+  if (u * kBytes % 64 == 0) __builtin_prefetch(p);
+}
+
 constexpr int kUnroll = 4;  // independent sums hide the latency of an addition
 // A sum grows by so many additions in the accumulator, and over these in double: a row of 50,000 is as exact as one of
 // 768.

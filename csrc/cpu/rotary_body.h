@@ -38,9 +38,8 @@ void rotary(const RotaryArgs& a, int64_t first, int64_t n, void* scratch) {
     const int64_t b = token / a.seq, s = token % a.seq;
     token_angles(a, b, a.positions.at(b, s), cos, sin);
     const E* x = static_cast<const E*>(a.x) + b * a.x_batch + s * a.x_seq;
-    if (s + 1 < a.seq)
-      for (int64_t h = 0; h < a.heads; ++h) prefetch_row(x + a.x_seq + h * a.x_head, a.head_dim);
     for (int64_t h = 0; h < a.heads; ++h, x += a.x_head, out += a.head_dim) {
+      if (s + 1 < a.seq) prefetch_row(x + a.x_seq, a.head_dim);
       if (a.interleaved)
         rotate_pairs(x, cos, sin, rotated, out);
       else

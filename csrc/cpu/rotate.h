@@ -34,7 +34,18 @@ inline void rotate_halves(const E* x, const Acc<E>* cos, const Acc<E>* sin, int6
     }
     return;
   }
-  for (int64_t i = 0; i < n; i += V::kLanes) {
+  int64_t i = 0;
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    V low[2], high[2];
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * V::kLanes;
+      const V a = load_vec(x + at), b = load_vec(x + n + at), c = V::load(cos + at), s = V::load(sin + at);
+      low[k] = a * c - b * s, high[k] = fma(a, s, b * c);
+    }
+    store_pair(low[0], low[1], out + i);
+    store_pair(high[0], high[1], out + n + i);
+  }
+  for (; i < n; i += V::kLanes) {
     const int64_t at = i + V::kLanes <= n ? i : n - V::kLanes;
     const V a = load_vec(x + at), b = load_vec(x + n + at), c = V::load(cos + at), s = V::load(sin + at);
     store_vec(a * c - b * s, out + at);
@@ -50,7 +61,17 @@ inline void rotate_pairs(const E* x, const Acc<E>* cos, const Acc<E>* sin, int64
     for (int64_t i = 0; i < n; ++i) narrow(widen(x[i]) * cos[i] + widen(x[i ^ 1]) * sin[i], out + i);
     return;
   }
-  for (int64_t i = 0; i < n; i += V::kLanes) {
+  int64_t i = 0;
+  for (; i + 2 * V::kLanes <= n; i += 2 * V::kLanes) {
+    V y[2];
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * V::kLanes;
+      const V a = load_vec(x + at);
+      y[k] = fma(swap_pairs(a), V::load(sin + at), a * V::load(cos + at));
+    }
+    store_pair(y[0], y[1], out + i);
+  }
+  for (; i < n; i += V::kLanes) {
     const int64_t at = i + V::kLanes <= n ? i : n - V::kLanes;
     const V a = load_vec(x + at);
     store_vec(fma(swap_pairs(a), V::load(sin + at), a * V::load(cos + at)), out + at);

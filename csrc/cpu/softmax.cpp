@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #define LMK_BODY "softmax_body.h"
 #include "foreach_isa.h"

@@ -1,5 +1,5 @@
 // Softmax of rows for one instruction set; included by softmax.cpp through foreach_isa.h. A row comes from memory once:
-// the passes after the first find it in the cache, and the last one fetches the next row.
+// the passes after the first find it in the cache, and the longest one fetches the next row.
 
 #include "vec.h"
 #include "vecmath.h"
@@ -32,9 +32,18 @@ Acc<E> largest(const E* x, int64_t cols) {
   return reduce_max(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// e = exp(x - m), and its sum
+// e^x, exact enough for a result of elements E.
+template <class E, class V>
+inline V weight(V x) {
+#if LMK_BF16_DOT
+  if constexpr (std::is_same_v<E, Bf16>) return exp_bf16(x);
+#endif
+  return exp(x);
+}
+
+// e = exp(x - m), and its sum; next: the row to fetch
 template <class E>
-double exponentials(const E* x, int64_t cols, Acc<E> m, Acc<E>* e) {
+double exponentials(const E* x, int64_t cols, Acc<E> m, Acc<E>* e, const E* next) {
   using T = Acc<E>;
   using V = Vec<T>;
   const V shift = V::set1(m);
@@ -45,12 +54,13 @@ double exponentials(const E* x, int64_t cols, Acc<E> m, Acc<E>* e) {
     int64_t i = b;
     for (; i + kUnroll * V::kLanes <= end; i += kUnroll * V::kLanes)
       for (int u = 0; u < kUnroll; ++u) {
-        const V p = exp(load_vec(x + i + u * V::kLanes) - shift);
+        fetch_vec(next + i + u * V::kLanes, u);
+        const V p = weight<E>(load_vec(x + i + u * V::kLanes) - shift);
         p.store(e + i + u * V::kLanes);
         sum.part[u] = sum.part[u] + p;
       }
     for (; i < end; i += V::kLanes) {
-      const V p = exp(load_up_to(x + i, end - i, -std::numeric_limits<T>::infinity()) - shift);
+      const V p = weight<E>(load_up_to(x + i, end - i, -std::numeric_limits<T>::infinity()) - shift);
       store_up_to(p, end - i, e + i);
       sum.part[0] = sum.part[0] + p;
     }
@@ -72,13 +82,12 @@ void fwd(const SoftmaxArgs& a, int64_t begin, int64_t end, void* scratch) {
     const E *x = row_in_dtype<E>(a.x, row, cols, buffer), *next = row_of<E>(a.x, row + 1);
     const T m = largest(x, cols);
     // a row of nothing but -inf: 0 in its place keeps the exponentials 0, and NaN
-    const double sum = exponentials(x, cols, m > -std::numeric_limits<T>::infinity() ? m : T(0), e);
+    const double sum = exponentials(x, cols, m > -std::numeric_limits<T>::infinity() ? m : T(0), e, next);
     const V factor = V::set1(sum == 0 ? T(0) : T(1 / sum));
     int64_t i = 0;
-    for (; i + V::kLanes <= cols; i += V::kLanes) {
-      __builtin_prefetch(next + i);
-      store_vec(V(V::load(e + i) * factor), y + i);
-    }
+    for (; i + 2 * V::kLanes <= cols; i += 2 * V::kLanes)
+      store_pair(V(V::load(e + i) * factor), V(V::load(e + i + V::kLanes) * factor), y + i);
+    for (; i + V::kLanes <= cols; i += V::kLanes) store_vec(V(V::load(e + i) * factor), y + i);
     if (i < cols) store_up_to(V(load_up_to(e + i, cols - i) * factor), cols - i, y + i);
   }
 }
