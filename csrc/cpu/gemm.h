@@ -108,8 +108,16 @@ template <class M, Start kStart, int kRows, int kVecs>
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int n = 0; n < kVecs; ++n) acc[r][n] = V::zero();
+  // the tile of C may lie in the L2 cache or beyond, and is wanted at the end
+  if constexpr (kStart == Start::add)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int n = 0; n < kVecs; ++n) __builtin_prefetch(c + r * g.c_row + n * kLanes, 1, 3);
   const typename M::Elem* a = g.a + row * g.a_row;
   const int64_t a_row = g.a_row, a_depth = g.a_depth, b_depth = g.b_depth;
+  // unrolled: where two threads share a core, a tile is bound by the instructions that each may issue
+#pragma GCC unroll 4
   for (int64_t k = g.depth; k > 0; --k) {
     typename M::B bv[kVecs];
 #pragma GCC unroll 8

@@ -22,6 +22,13 @@ int64_t depth_elements(int64_t n) {
   return kByTiles<M> ? round_up(elements, 16) : elements;
 }
 
+// Lines that lie pages apart are not fetched ahead by the CPU: brings in the one that is packed so many lines later.
+inline void fetch_line(const Matrix& x, int64_t line, int64_t p, int64_t lines) {
+  constexpr int64_t kAhead = 8;
+  const char* data = static_cast<const char*>(at(x, line, p + kAhead));
+  for (int64_t i = 0; i < lines * element_size(x.dtype); i += 64) __builtin_prefetch(data + i);
+}
+
 template <class M>
 struct MatmulScratch {
   using E = typename M::Elem;
@@ -68,6 +75,7 @@ void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, co
   g.b_panel = kPanel;
   for (int64_t p = 0; p < n; p += M::kPack) {
     const void* lines[2] = {at(b, col, k + p), at(b, col, k + p + 1)};
+    for (int64_t i = 0; i < M::kPack; ++i) fetch_line(b, col, k + p + i, cols);
     pack_depth<M>(b.dtype, lines, n - p < M::kPack ? n - p : M::kPack, cols, w.b + p / M::kPack * w.c_ld, w.c_ld);
   }
   for (int64_t p = (n + M::kPack - 1) / M::kPack * w.c_ld; p < elements * w.c_ld; ++p) w.b[p] = 0;
@@ -102,6 +110,7 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
     for (int64_t p = (n + M::kPack - 1) / M::kPack * ld; p < elements * ld; ++p) w.a[p] = 0;
     for (int64_t p = 0; p < n; p += M::kPack) {
       const void* lines[2] = {at(a, row, k + p), at(a, row, k + p + 1)};
+      for (int64_t i = 0; i < M::kPack; ++i) fetch_line(a, row, k + p + i, rows);
       pack_depth<M>(a.dtype, lines, n - p < M::kPack ? n - p : M::kPack, rows, w.a + p / M::kPack * ld, ld);
     }
     g.a_row = 1;
