@@ -23,28 +23,28 @@ Tensor dense_rows(const Tensor& x) {
 }
 
 // Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
-void choose_blocks(lmk::LinearArgs& a, int64_t row_unit, int64_t col_unit) {
-  constexpr int64_t kTasksPerThread = 8, kCols = 384, kLeastCols = 128, kRows = 1152, kLeastRows = 192;
-  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
+void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_t col_unit) {
+  constexpr int64_t kCols = 384, kRows = 1152, kLeastRows = 192;
+  const int64_t wanted = kernels.tasks_per_thread * torch::stable::get_num_threads();
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
   int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kRows)),
           col_blocks = std::max<int64_t>(1, count(a.cols, kCols));
   while (row_blocks * col_blocks < wanted) {
-    if (count(a.cols, col_blocks + 1) >= kLeastCols)
+    if (count(a.cols, col_blocks + 1) >= kernels.least_cols)
       ++col_blocks;
     else if (count(a.rows, row_blocks + 1) >= kLeastRows)
       ++row_blocks;
     else
       break;
   }
-  a.rows_per_task = count(count(a.rows, row_blocks), row_unit) * row_unit;
+  a.rows_per_task = count(count(a.rows, row_blocks), kernels.row_unit) * kernels.row_unit;
   a.cols_per_task = count(count(a.cols, col_blocks), col_unit) * col_unit;
 }
 
 void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
   if (a.rows == 0 || a.cols == 0) return;
   const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute);
-  choose_blocks(a, kernels.row_unit, col_unit);
+  choose_blocks(a, kernels, col_unit);
   const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
   run_tasks(row_blocks * col_blocks, kernels.scratch(a), 2.0 * a.rows * a.cols * a.depth,
