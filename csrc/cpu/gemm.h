@@ -82,6 +82,11 @@ constexpr int kTileVecs = 4;
 constexpr int kTileVecs = 2;
 #endif
 
+// Vectors of a packed panel of B. Two of tiles lie side by side: of wider panels, a column of tiles would fill only
+// some of the sets of the L1 cache.
+template <class M>
+constexpr int64_t kPanelVecs = kByTiles<M> ? 2 : kTileVecs;
+
 enum class Start { zero, add, scale_and_add };  // C = A B; C += A B; C = factor[row] * C + A B
 
 template <class M>
@@ -89,7 +94,7 @@ struct GemmArgs {
   const typename M::Elem* a;
   int64_t a_row, a_depth;  // strides of A in elements
   const typename M::Elem* b;
-  int64_t b_depth, b_panel;  // strides of B: to the next depth, and to the next panel of kTileVecs vectors
+  int64_t b_depth, b_panel;  // strides of B: to the next depth, and to the next panel of kPanelVecs vectors
   typename M::Acc* c;
   int64_t c_row;
   int64_t depth;                  // in elements
@@ -222,7 +227,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
         float* p = g.c + r * g.c_row + n * kTileSide;
         (Vec<float>::load(p) * Vec<float>::set1(g.factor[r])).store(p);
       }
-  const bool in_rows = g.b_panel == kTileVecs * kTileSide;
+  const bool in_rows = g.b_panel == kPanelVecs<MathBf16> * kTileSide;
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row, pair = 2 * kTileSide;
     const int64_t upper = left < kTileSide ? left : kTileSide;
@@ -231,7 +236,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
     const TileShapes shapes(upper, lower);
     _tile_loadconfig(&shapes);
     for (int64_t n = 0; n < vecs; n += 2) {
-      const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / kTileVecs * g.b_panel + n % kTileVecs * kTileSide;
+      const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / 2 * g.b_panel;
       for (int64_t r = row; r < end; r += pair) {
         if (lower > 0 && n + 2 <= vecs)
           multiply_tiles<kStart, 2, 2>(g, r, n * kTileSide, b);
@@ -293,11 +298,12 @@ void gemm_tiles_turned(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) 
 template <class M, Start kStart>
 void gemm_vectors(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
   constexpr int kLanes = M::V::kLanes;
-  const bool in_rows = g.b_panel == kTileVecs * kLanes;
+  constexpr int64_t kWide = kPanelVecs<M>;
+  const bool in_rows = g.b_panel == kWide * kLanes;
   for (int64_t n = 0; n < vecs;) {
-    const int64_t left = vecs - n, panels = (left + kTileVecs - 1) / kTileVecs;
-    const int64_t width = in_rows ? (left + panels - 1) / panels : (left < kTileVecs ? left : kTileVecs);
-    const typename M::Elem* b = in_rows ? g.b + n * kLanes : g.b + n / kTileVecs * g.b_panel;
+    const int64_t left = vecs - n, panels = (left + kWide - 1) / kWide;
+    const int64_t width = in_rows ? (left + panels - 1) / panels : (left < kWide ? left : kWide);
+    const typename M::Elem* b = in_rows ? g.b + n * kLanes : g.b + n / kWide * g.b_panel;
     switch (width) {
       case 1:
         gemm_panel<M, kStart, 1>(g, rows, n * kLanes, b);
@@ -318,7 +324,7 @@ void gemm_vectors(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
   }
 }
 
-// vecs: columns of C in vectors. B's panels are kTileVecs wide; where b_panel says that they are neighbours in rows
+// vecs: columns of C in vectors. B's panels are kPanelVecs wide; where b_panel says that they are neighbours in rows
 // of B, uneven widths such as 5 are split evenly (3 + 2).
 template <class M, Start kStart>
 void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {

@@ -13,7 +13,7 @@ inline const void* at(const Matrix& x, int64_t line, int64_t p) {
 constexpr int64_t kMatmulRows = 96;  // rows of A that share a pass over the packed B; a multiple of kTileRows
 // Elements of the depth that are packed at once. Of tiles: two columns of them fit in the L1 cache.
 template <class M>
-constexpr int64_t kMatmulDepth = kByTiles<M> ? 256 : 384;
+constexpr int64_t kMatmulDepth = kByTiles<M> ? 192 : 384;
 
 // The depth that is multiplied at once, in elements: whole tiles, of which the rest is zero.
 template <class M>

@@ -115,7 +115,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 
 template <class M>
 constexpr int64_t panel_of() {
-  return kTileVecs * M::V::kLanes;
+  return kPanelVecs<M> * M::V::kLanes;
 }
 
 // Hands out aligned pieces of the scratch memory; with a null base it only counts.
@@ -265,7 +265,7 @@ inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_
 }
 #endif
 
-// Packed columns, the B of a product over the columns: panels of kTileVecs vectors of rows,
+// Packed columns, the B of a product over the columns: panels of kPanelVecs vectors of rows,
 // dst (panels, ceil(n_cols / kPack), panel) elements; rows beyond n, up to whole
 // kColumnUnit, are zero. buffer: kLanes * (ceil(n_cols / kPack)
 // rounded up to 16) elements.
@@ -273,7 +273,7 @@ template <class M>
 void pack_columns(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, typename M::Elem* dst,
                   typename M::Elem* buffer) {
   using E = typename M::Elem;
-  constexpr int64_t kLanes = M::V::kLanes, kPanel = kTileVecs * kLanes;
+  constexpr int64_t kLanes = M::V::kLanes, kPanel = panel_of<M>();
   const int64_t depth = (n_cols + M::kPack - 1) / M::kPack, ld = round_up(depth, 16);
   for (int64_t r = 0; r < round_up(n, kColumnUnit<M>); r += kLanes) {
     E* out = dst + r / kPanel * kPanel * depth + r % kPanel;
