@@ -232,11 +232,11 @@ def test_a_mask_of_ones_is_no_mask_and_costs_no_packing():
 
 def test_nothing_of_padding_is_computed(monkeypatch):
     """Every product of a layer has as many rows as there are real tokens, and no mask is ever built."""
-    import lmkernels.models.bert as bert
+    import lmkernels.models.project as project
 
     rows = []
     monkeypatch.setattr(
-        bert, "linear", lambda x, *a, linear=bert.linear, **k: rows.append(len(x)) or linear(x, *a, **k)
+        project, "linear", lambda x, *a, linear=project.linear, **k: rows.append(len(x)) or linear(x, *a, **k)
     )
     model, inputs = small(BertForSequenceClassification), batch()
     model(**inputs)
