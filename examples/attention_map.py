@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tokenizers import Tokenizer
 
 import lmkernels
 from lmkernels.models import GPT2LMHeadModel
+from lmkernels.training.checkpoint import find, load_tokenizer
 
 
 def attention_maps(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -50,14 +50,14 @@ def draw(panels: dict[str, torch.Tensor], tokens: list[str]) -> Figure:
 
 def main(arguments: list[str] | None = None) -> torch.Tensor:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a checkpoint with tokenizer.json")
+    parser.add_argument("model", type=Path, help="folder of a checkpoint with its tokenizer, or of a run")
     parser.add_argument("sentence")
     parser.add_argument("--layer", type=int, help="show the heads of this layer, counted from 0")
     parser.add_argument("--out", type=Path, default=Path("attention_map.png"))
     options = parser.parse_args(arguments)
 
-    tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    model = GPT2LMHeadModel.from_pretrained(options.model)
+    folder = find(options.model)  # of a run, its newest checkpoint
+    tokenizer, model = load_tokenizer(folder), GPT2LMHeadModel.from_pretrained(folder)
     ids = tokenizer.encode(options.sentence).ids
     if not ids:
         parser.error(f"the sentence has no tokens: {options.sentence!r}")
