@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lmkernels import (
+    RelativeBias,
     _library,
     add_positions,
     attention,
@@ -34,6 +35,10 @@ pytestmark = pytest.mark.skipif(
     _library.triton_error is not None or _library.triton_interpreted, reason=f"no compiler: {_library.triton_error}"
 )
 
+# Bytes of stack: products of float32, multiplied one by one, are so many multiplications that ptxas leaves a few of
+# their operands in memory.
+FLOAT32_SPILLED = 32
+
 
 @dataclass(frozen=True)
 class Call:
@@ -44,6 +49,7 @@ class Call:
     hot: bool = False  # compiled in every run of the tests
     wide: bool = True  # memory is read 16 bytes at a time; not where rows begin anywhere
     products: tuple[str, ...] = ()  # the kernels that multiply 16 bits with wgmma on sm_90, with mma.sync on sm_80
+    spilled: int = 0  # bytes of a thread's stack that are allowed, where something rare wants too many registers
 
     def __str__(self) -> str:
         return self.name
@@ -190,6 +196,8 @@ def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
             leaves["sink"] = leaf(h, dtype=torch.float32)
         if "mask" in words:
             given["mask"] = torch.empty(b, 1, 1, s, dtype=torch.bool)
+        if "distance" in words:
+            leaves["table"] = leaf(32, h, dtype=dtype)
         if "window" in words:
             given["window"] = (256, 0)
         if "softcap" in words:
@@ -197,6 +205,11 @@ def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
         if "dropout" in words:
             given |= {"dropout_p": 0.1, "seed": torch.empty((), dtype=torch.int64)}
         names, function = list(leaves), attention
+        if "distance" in words:
+
+            def function(table, **arguments):
+                return attention(**arguments, bias=RelativeBias(table, bidirectional=True, max_distance=128))
+
         if "varlen" in words:
             starts = torch.empty(b + 1, dtype=torch.int32)
             function = partial(
@@ -209,7 +222,8 @@ def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
             *leaves.values(),
         )
 
-    return Call(f"attention {d}{' ' * bool(features)}{features}", run, products=("fwd", "bwd_q", "bwd_kv"), **options)
+    name = f"attention {d}{f' on {h_kv}' * (h != h_kv)}{' ' * bool(features)}{features}"
+    return Call(name, run, products=("fwd", "bwd_q", "bwd_kv"), **options)
 
 
 def decoded(d: int, h: int = 12, h_kv: int = 12, pages: bool = False, rotated: bool = False, **options) -> Call:
@@ -233,7 +247,25 @@ def decoded(d: int, h: int = 12, h_kv: int = 12, pages: bool = False, rotated: b
 CALLS = [
     attended(64, "causal", hot=True),
     attended(128, hot=True),
+    attended(128, "causal", h_kv=4, hot=True),
+    *(
+        # the bias by distance is gathered from a small table
+        attended(d, features, wide=features != "distance")
+        for d in (64, 128)
+        for features in (
+            "causal varlen", "causal window sink", "causal softcap", "causal slopes", "mask", "bias", "distance",
+            "causal dropout", "mask dropout", "causal slopes dropout varlen", "bias dropout softcap mask",
+        )
+    ),
+    attended(64, "causal", h_kv=4),
+    *(attended(d, features) for d in (32, 80) for features in ("causal", "mask dropout")),
+    attended(80, "causal", h_kv=4),
+    # a key and a value of 256 floats each, in sums: what else there is goes to memory
+    *(attended(256, features, spilled=288) for features in ("causal", "mask dropout", "bias")),
+    attended(256, "causal", h_kv=4, spilled=288),
     decoded(64, hot=True),
+    *(decoded(d, h, h_kv, pages, rotated) for d, h, h_kv in ((128, 32, 8), (256, 16, 1))
+      for pages, rotated in ((False, False), (True, True))),
     norm(768, True, hot=True),
     norm(4096, False, center=False, hot=True),
     *(norm(d, residual, center) for d in (64, 768, 1024, 4096, 8192, 16384, 32768) for residual in (False, True)
@@ -287,7 +319,7 @@ def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architect
     wrong = [
         str(report)
         for report in reports
-        if report.stack > 0
+        if report.stack > (call.spilled if dtype != torch.float32 else max(call.spilled, FLOAT32_SPILLED))
         or report.shared > compiled.SHARED_LIMIT[architecture]
         or (call.wide and report.widest_load < 16)
         or (dtype != torch.float32 and report.name in call.products and not multiplies(report))

@@ -41,27 +41,42 @@ TILES = {
         "tf32": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
         "ieee": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
-    "bwd_bias": {  # and bwd_distance
-        "sm_80": {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
-        "sm_90": {64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    "bwd_bias": {  # and, in squares of BLOCK_M, bwd_distance
+        "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
+        "sm_90": {64: (64, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
         "tf32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
         "ieee": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
 
+# Instead of these, where something else wants registers too.
+CROWDED = {
+    "fwd": {
+        "sm_80": {64: (64, 64, 4, 3), 128: (64, 64, 8, 2)},
+        "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
+    },
+    "bwd_q": {
+        "sm_80": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
+        "sm_90": {64: (64, 64, 8, 2), 128: (128, 32, 8, 2)},
+    },
+    "bwd_kv": {
+        "sm_80": {64: (32, 32, 4, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+        "sm_90": {64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 8, 2)},
+    },
+}
 
-def tile(kernel: str, d: int, kind: str, longest: int, plain: bool) -> dict[str, int]:
+
+def tile(kernel: str, d: int, kind: str, longest: int, crowded: bool) -> dict[str, int]:
     """The configuration of a kernel.
 
     d: the larger head size; kind: a key of TILES[kernel]
     longest: the longest sequence on the axis that the programs divide among them, queries or (bwd_kv) keys: no program
         takes much more. The other axis decides in which order sums are taken, and depends on nothing.
-    plain: nothing is added to the scores, nor are they capped, masked or dropped
     """
     d = max(64, _triton.next_power_of_2(d))
     m, n, warps, stages = TILES[kernel][kind][d]
-    if kernel == "fwd" and kind == "sm_90" and d == 128 and not plain:
-        n = 64  # the rest takes registers
+    if crowded:
+        m, n, warps, stages = CROWDED.get(kernel, {}).get(kind, {}).get(d, (m, n, warps, stages))
     most = max(16, _triton.next_power_of_2(longest))
     if most < (n if kernel == "bwd_kv" else m):
         m, n = (m, most) if kernel == "bwd_kv" else (most, n)
@@ -104,7 +119,7 @@ class Problem:
         left, right = (-1 if bound > farthest else bound for bound in (left, right))
         self.by_distance = bias is not None and bias.shape[3] not in (1, self.s_k)
         dropout = seed, dropout_threshold(dropout_p), 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        self.plain = softcap == 0 and all(x is None for x in (mask, bias, alibi_slopes, seed))
+        self.capped = softcap > 0
         self.arguments = (
             q, k, v, None if mask is None else mask.view(torch.uint8), bias, alibi_slopes,
             heads(q), heads(k), heads(v), axes(mask), axes(bias),
@@ -118,7 +133,7 @@ class Problem:
             "BLOCK_DV": max(16, _triton.next_power_of_2(self.d_v)),
             "MASK_AXES": score_axes(mask),
             "BIAS_AXES": 4 if self.by_distance else score_axes(bias),
-            "SOFTCAP": softcap > 0,
+            "SOFTCAP": self.capped,
             "LEFT": left >= 0,
             "RIGHT": right >= 0,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
@@ -128,7 +143,16 @@ class Problem:
         kind = "sm_90" if _triton.capability(self.q.device) >= 90 else "sm_80"
         if self.q.dtype == torch.float32:
             kind = self.constants["PRECISION"]
-        return tile(kernel, max(self.d, self.d_v), kind, longest, self.plain)
+        return tile(kernel, max(self.d, self.d_v), kind, longest, self.crowded(kernel, kind))
+
+    def crowded(self, kernel: str, kind: str) -> bool:
+        """Whether a kernel needs many registers beside those of its tiles: what ptxas spills says so."""
+        added = [self.capped, *(x is not None for x in (self.mask, self.bias, self.slopes, self.seed))]
+        if kernel == "bwd_kv" and (self.h != self.h_kv or self.packing is not None and kind == "sm_80"):
+            return True  # a loop around the loops
+        if kernel == "fwd" and kind == "sm_90" and max(self.d, self.d_v) > 64:
+            return any(added) or self.d != self.constants["BLOCK_D"] or self.d_v != self.constants["BLOCK_DV"]
+        return any(added) if kind == "sm_80" else sum(added) > 1 or self.seed is not None or self.bias is not None
 
     def rows(self) -> Tensor:
         """One float32 for each query and head, uninitialised: (b, h, s_q), or (h, t_q) when packed."""
@@ -276,8 +300,8 @@ def distance_gradient(p: Problem, given: tuple, strides: tuple) -> Tensor:
     from . import triton_kernels as kernels
 
     options = p.tile("bwd_bias", p.s_q)
-    distances, block = p.s_q + p.s_k, options["BLOCK_N"]
-    options["BLOCK_M"] = block
+    distances, block = p.s_q + p.s_k, options["BLOCK_M"]
+    options["BLOCK_N"] = block
     strips = _triton.ceil_div(distances, block) + 1
     sums = p.q.new_empty(p.b, p.h, strips, 2 * block, dtype=torch.float32)
     p.launch(kernels.bwd_distance, strips * p.h * p.b, sums, strips, *given, *strides, **options)
