@@ -250,7 +250,7 @@ CALLS = [
     attended(128, "causal", h_kv=4, hot=True),
     *(
         # the bias by distance is gathered from a small table
-        attended(d, features, wide=features != "distance")
+        attended(d, features, wide=features != "distance", spilled=16 * ("dropout varlen" in features))
         for d in (64, 128)
         for features in (
             "causal varlen", "causal window sink", "causal softcap", "causal slopes", "mask", "bias", "distance",

@@ -56,7 +56,7 @@ CROWDED = {
         "sm_90": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
     },
     "bwd_q": {
-        "sm_80": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
+        "sm_80": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2)},
         "sm_90": {64: (64, 64, 8, 2), 128: (128, 32, 8, 2)},
     },
     "bwd_kv": {
@@ -150,9 +150,11 @@ class Problem:
         added = [self.capped, *(x is not None for x in (self.mask, self.bias, self.slopes, self.seed))]
         if kernel == "bwd_kv" and (self.h != self.h_kv or self.packing is not None and kind == "sm_80"):
             return True  # a loop around the loops
-        if kernel == "fwd" and kind == "sm_90" and max(self.d, self.d_v) > 64:
-            return any(added) or self.d != self.constants["BLOCK_D"] or self.d_v != self.constants["BLOCK_DV"]
-        return any(added) if kind == "sm_80" else sum(added) > 1 or self.seed is not None or self.bias is not None
+        if kernel == "fwd" and (self.d, self.d_v) != (self.constants["BLOCK_D"], self.constants["BLOCK_DV"]):
+            return True  # columns that do not exist
+        if kind == "sm_80" or kernel == "fwd" and max(self.d, self.d_v) > 64:
+            return any(added)
+        return sum(added) > 1 or self.seed is not None or self.bias is not None
 
     def rows(self) -> Tensor:
         """One float32 for each query and head, uninitialised: (b, h, s_q), or (h, t_q) when packed."""
