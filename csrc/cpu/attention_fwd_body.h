@@ -19,6 +19,7 @@ struct FwdScratch {
   int64_t q_ld, o_ld;
   E *q, *k, *v, *p, *buffer;  // packed queries, block of keys by columns, of values; weights, where T is not E
   T *o, *m, *l, *s;           // accumulators, row maxima and sums, scores of a group of rows
+  Row* rows;                  // of the task
   int64_t bytes;
 
   FwdScratch(const AttentionArgs& a, void* base) {
@@ -34,6 +35,7 @@ struct FwdScratch {
     m = arena.take<T>(a.most_rows);
     l = arena.take<T>(a.most_rows);
     s = arena.take<T>(kFwdRows<M> * kFwdKeys);
+    rows = arena.take<Row>(a.most_rows);
     bytes = arena.used();
   }
 };
@@ -190,12 +192,11 @@ int64_t fwd_scratch(const AttentionArgs& a) {
 
 // One group of rows against one block of keys, which starts at key j0.
 template <class M>
-void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>& w, int64_t r0, int64_t first_row,
-               int64_t n, int64_t j0, int64_t block, Ahead& ahead) {
+void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>& w, int64_t r0, int64_t n, int64_t j0,
+               int64_t block, Ahead& ahead) {
   using T = typename M::Acc;
   constexpr int64_t kPanel = panel_of<M>();
-  Row rows[kFwdRows<M>];
-  rows_of(a, head, first_row + r0, n, rows);
+  const Row* rows = w.rows + r0;
   const Span span = visible_span<M>(rows, n, j0, round_up(block, kColumnUnit<M>));
   if (span.empty()) return;
   const int64_t width = span.end - span.begin;
@@ -250,12 +251,12 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   const FwdScratch<M> w(a, scratch);
   Ahead ahead(a, next);
 
+  rows_of(a, head, first_row, n, w.rows);
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
   for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
     const int64_t count = n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>;
-    Row group[kFwdRows<M>];
+    const Row* group = w.rows + r0;
     const void* queries[kFwdRows<M>];
-    rows_of(a, head, first_row + r0, count, group);
     for (int64_t r = 0; r < count; ++r) {
       queries[r] = query_row(a, a.q, head, group[r]);
       w.m[r0 + r] = -std::numeric_limits<T>::infinity();
@@ -287,15 +288,17 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
         prefetch_row(key_row(a, a.k, head, fetched), a.head_dim * element_size(a.dtype));
         prefetch_row(key_row(a, a.v, head, fetched), a.head_dim_v * element_size(a.dtype));
       }
-      fwd_group<M>(a, head, w, r0, first_row, n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>, j0, block, ahead);
+      // where the rows of this group will be written
+      for (int64_t r = r0; following >= hi && r < r0 + kFwdRows<M> && r < n; ++r)
+        prefetch_row(out_row(a, head, w.rows[r]), a.head_dim_v * element_size(a.dtype));
+      fwd_group<M>(a, head, w, r0, n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>, j0, block, ahead);
     }
   }
 
   for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
     const int64_t count = n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>;
-    Row group[kFwdRows<M>];
+    const Row* group = w.rows + r0;
     T inverse[kFwdRows<M>];
-    rows_of(a, head, first_row + r0, count, group);
     finish_rows(a, head, group, count, w.m + r0, w.l + r0, inverse);
     for (int64_t r = 0; r < count; ++r) store_out(a, head, group[r], w.o + (r0 + r) * w.o_ld, w.o_ld, inverse[r]);
   }

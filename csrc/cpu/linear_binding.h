@@ -24,10 +24,10 @@ Tensor dense_rows(const Tensor& x) {
 
 // Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
 void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_t col_unit) {
-  constexpr int64_t kCols = 384, kRows = 1152, kLeastRows = 192;
+  constexpr int64_t kCols = 384, kLeastRows = 192;
   const int64_t wanted = kernels.tasks_per_thread * torch::stable::get_num_threads();
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
-  int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kRows)),
+  int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kernels.most_rows)),
           col_blocks = std::max<int64_t>(1, count(a.cols, kCols));
   while (row_blocks * col_blocks < wanted) {
     if (count(a.cols, col_blocks + 1) >= kernels.least_cols)
