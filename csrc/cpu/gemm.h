@@ -182,6 +182,13 @@ struct TileShapes {
   }
 };
 
+// gcc's own _tile_loadconfig says that it reads 8 bytes, so that stores to the others may be left out.
+template <class Shapes>
+inline void load_shapes(const Shapes& shapes) {
+  static_assert(sizeof(Shapes) == 64);
+  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+}
+
 // C's rows from `row` on, one or two tiles of them, and kVecs vectors of columns.
 template <Start kStart, int kRowTiles, int kVecs>
 void multiply_tiles(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const uint32_t* b) {
@@ -234,7 +241,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
     const int64_t lower = left < pair ? left - upper : kTileSide;
     const int64_t end = row + (left < pair ? left : left / pair * pair);
     const TileShapes shapes(upper, lower);
-    _tile_loadconfig(&shapes);
+    load_shapes(shapes);
     for (int64_t n = 0; n < vecs; n += 2) {
       const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / 2 * g.b_panel;
       for (int64_t r = row; r < end; r += pair) {

@@ -45,9 +45,6 @@ struct SkinnyTileShapes {
   }
 };
 
-// gcc's own _tile_loadconfig says that it reads 8 bytes, so that stores to the others may be left out.
-inline void load_shapes(const SkinnyTileShapes& s) { __asm__ volatile("ldtilecfg %0" ::"m"(s)); }
-
 // x on the left: sums are (rows, columns), 0 and 1 of the upper rows.
 inline void configure_columns(const RowGroup& g) {
   SkinnyTileShapes s;
