@@ -225,7 +225,7 @@ void multiply_tiles(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const
   if constexpr (kRowTiles == 2 && kVecs == 2) _tile_stored(3, lower + kTileSide, c_bytes);
 }
 
-// What gemm does where the depth is whole tiles and rows of A are contiguous along it.
+// What gemm does where the depth is whole tiles and rows of A are contiguous along it. Sums go on from C.
 template <Start kStart>
 void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
   if constexpr (kStart == Start::scale_and_add)

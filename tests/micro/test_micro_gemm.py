@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_micro_rows import PRODUCTS, bf16_bits, bf16_to_float, in_pairs, lanes_of, skip_without
+from test_micro_rows import PRODUCTS, bf16_bits, bf16_to_float, in_pairs, lanes_of, panel_of, skip_without
 
 ZERO, ADD, SCALE_AND_ADD = range(3)  # enum class Start
 UNTOUCHED = -77.0
@@ -44,13 +44,13 @@ def multiply(
     """`c` after the product; a (rows, depth), b (depth, cols) and c (rows, cols) in float32 or float64.
 
     a_order: depth is contiguous in "rows" and rows are in "columns"; *_gap: elements between two lines
-    b_panels: b in panels of isa.tile_vecs vectors, each (depth, panel), as pack_columns leaves them
+    b_panels: b in panels (depth, panel), as pack_columns leaves them
     """
     lanes = lanes_of(isa, elements)
     rows, vecs = a.shape[0], b.shape[1] // lanes
     if elements == "bfloat16 pairs":
         a, b = in_pairs(bf16_bits(a), 1), in_pairs(bf16_bits(b), 0)
-    depth, cols, panel = a.shape[1], b.shape[1], isa.tile_vecs * lanes
+    depth, cols, panel = a.shape[1], b.shape[1], panel_of(isa, elements)
     a_row, a_depth = (depth + a_gap, 1) if a_order == "rows" else (1, rows + a_gap)
     if b_panels:
         b_depth, b_panel = panel, panel * max(depth, 1) + b_gap
@@ -100,6 +100,21 @@ def test_every_tile_is_exact(isa, elements, start, b_panels):
             for depth in (0, 1, 2, 7):
                 arrays = integers(elements, lanes_of(isa, elements), rows, vecs, depth)
                 c = multiply(isa, elements, *arrays, start, b_panels=b_panels)
+                np.testing.assert_array_equal(c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, {depth} deep")
+
+
+@pytest.mark.parametrize("start", [ZERO, ADD, SCALE_AND_ADD], ids=["zero", "add", "scale and add"])
+@pytest.mark.parametrize("a_order", ["rows", "columns"])
+@pytest.mark.parametrize("b_panels", [False, True], ids=["b in rows", "b in panels"])
+def test_deep_products_of_bfloat16_are_exact(isa, start, a_order, b_panels):
+    """Whole tiles of 16 rows, 16 columns and a depth of 32, and what is left over."""
+    elements = "bfloat16 pairs"
+    skip_without(isa, elements)
+    for rows in (1, 15, 16, 17, 31, 32, 33, 70):
+        for vecs in (1, 2, 3, 5):
+            for depth in (31, 32, 34, 64, 100, 600):
+                arrays = integers(elements, lanes_of(isa, elements), rows, vecs, depth)
+                c = multiply(isa, elements, *arrays, start, a_order=a_order, b_panels=b_panels)
                 np.testing.assert_array_equal(c, expected(*arrays, start), f"{rows} rows, {vecs} vectors, {depth} deep")
 
 

@@ -131,6 +131,15 @@ def lanes_of(isa, elements: str) -> int:
     return isa.double_lanes if elements == "float64" else isa.float_lanes
 
 
+def by_tiles(isa, elements: str) -> bool:
+    return isa.__name__ == "micro.amx" and elements.startswith("bfloat16")
+
+
+def panel_of(isa, elements: str) -> int:
+    """Columns of a packed panel of B."""
+    return (2 if by_tiles(isa, elements) else isa.tile_vecs) * lanes_of(isa, elements)
+
+
 def skip_without(isa, elements: str) -> None:
     if elements == "bfloat16 pairs" and not isa.has_bf16_products:
         pytest.skip("this instruction set multiplies no bfloat16")
@@ -182,14 +191,14 @@ def test_packed_rows_are_zero_beyond_their_end(isa, elements, dtype, way):
 def test_packed_columns_are_panels_that_are_zero_beyond_the_last_row(isa, elements, dtype):
     skip_without(isa, elements)
     lanes = lanes_of(isa, elements)
-    panel = isa.tile_vecs * lanes
+    panel = panel_of(isa, elements)
     for n in sorted({1, 2, lanes - 1, lanes, lanes + 1, panel - 1, panel, panel + 1, 2 * panel + lanes} - {0}):
         for n_cols in [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 64]:
             rows = rows_of(dtype, n, n_cols)
             columns = as_elements(rows, dtype, elements, 1).T  # (depth, n)
             depth, panels = columns.shape[0], -(-n // panel)
             # the vectors that hold a row, or pairs of them for tiles; what is beyond in the last panel is not written
-            unit = 2 * lanes if isa.__name__ == "micro.amx" and elements.startswith("bfloat16") else lanes
+            unit = 2 * lanes if by_tiles(isa, elements) else lanes
             whole = -(-n // unit) * unit
             dst = fresh((panels, depth, panel), elements)
             buffer = fresh((lanes, -(-depth // 16) * 16), elements)
