@@ -85,7 +85,7 @@ constexpr int kTileVecs = 2;
 // Vectors of a packed panel of B. Two of tiles lie side by side: of wider panels, a column of tiles would fill only
 // some of the sets of the L1 cache.
 template <class M>
-constexpr int64_t kPanelVecs = kByTiles<M> ? 2 : kTileVecs;
+constexpr int64_t kPackedVecs = kByTiles<M> ? 2 : kTileVecs;
 
 enum class Start { zero, add, scale_and_add };  // C = A B; C += A B; C = factor[row] * C + A B
 
@@ -94,7 +94,7 @@ struct GemmArgs {
   const typename M::Elem* a;
   int64_t a_row, a_depth;  // strides of A in elements
   const typename M::Elem* b;
-  int64_t b_depth, b_panel;  // strides of B: to the next depth, and to the next panel of kPanelVecs vectors
+  int64_t b_depth, b_panel;  // strides of B: to the next depth, and to the next panel of kPackedVecs vectors
   typename M::Acc* c;
   int64_t c_row;
   int64_t depth;                  // in elements
@@ -234,7 +234,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
         float* p = g.c + r * g.c_row + n * kTileSide;
         (Vec<float>::load(p) * Vec<float>::set1(g.factor[r])).store(p);
       }
-  const bool in_rows = g.b_panel == kPanelVecs<MathBf16> * kTileSide;
+  const bool in_rows = g.b_panel == kPackedVecs<MathBf16> * kTileSide;
   for (int64_t row = 0; row < rows;) {
     const int64_t left = rows - row, pair = 2 * kTileSide;
     const int64_t upper = left < kTileSide ? left : kTileSide;
@@ -305,7 +305,7 @@ void gemm_tiles_turned(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) 
 template <class M, Start kStart>
 void gemm_vectors(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
   constexpr int kLanes = M::V::kLanes;
-  constexpr int64_t kWide = kPanelVecs<M>;
+  constexpr int64_t kWide = kPackedVecs<M>;
   const bool in_rows = g.b_panel == kWide * kLanes;
   for (int64_t n = 0; n < vecs;) {
     const int64_t left = vecs - n, panels = (left + kWide - 1) / kWide;
@@ -331,7 +331,7 @@ void gemm_vectors(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
   }
 }
 
-// vecs: columns of C in vectors. B's panels are kPanelVecs wide; where b_panel says that they are neighbours in rows
+// vecs: columns of C in vectors. B's panels are kPackedVecs wide; where b_panel says that they are neighbours in rows
 // of B, uneven widths such as 5 are split evenly (3 + 2).
 template <class M, Start kStart>
 void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {

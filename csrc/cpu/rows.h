@@ -90,7 +90,16 @@ void store_row(DType dtype, const T* src, int64_t n, void* dst) {
     copy_row(src, n, static_cast<T*>(dst));
   } else if (dtype == DType::bf16) {
     uint16_t* p = static_cast<uint16_t*>(dst);
-    for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(src[i]);
+    int64_t i = 0;
+#if LMK_BF16_DOT
+    for (; i + 32 <= n; i += 32) {
+      const __m512 a = _mm512_loadu_ps(src + i), b = _mm512_loadu_ps(src + i + 16);
+      constexpr int kSubnormal = 0x20;  // which the instruction would turn into zeros
+      if (!_mm512_kortestz(_mm512_fpclass_ps_mask(a, kSubnormal), _mm512_fpclass_ps_mask(b, kSubnormal))) break;
+      _mm512_storeu_si512(p + i, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+    }
+#endif
+    for (; i < n; ++i) p[i] = to_bf16(src[i]);
   } else {
     uint16_t* p = static_cast<uint16_t*>(dst);
     int64_t i = 0;
@@ -115,7 +124,7 @@ inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit 
 
 template <class M>
 constexpr int64_t panel_of() {
-  return kPanelVecs<M> * M::V::kLanes;
+  return kPackedVecs<M> * M::V::kLanes;
 }
 
 // Hands out aligned pieces of the scratch memory; with a null base it only counts.
@@ -265,7 +274,7 @@ inline void transpose_tile(const void* const* rows, int64_t k, void* dst, int64_
 }
 #endif
 
-// Packed columns, the B of a product over the columns: panels of kPanelVecs vectors of rows,
+// Packed columns, the B of a product over the columns: panels of kPackedVecs vectors of rows,
 // dst (panels, ceil(n_cols / kPack), panel) elements; rows beyond n, up to whole
 // kColumnUnit, are zero. buffer: kLanes * (ceil(n_cols / kPack)
 // rounded up to 16) elements.
