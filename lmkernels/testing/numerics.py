@@ -90,13 +90,14 @@ def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> T
     """The error of `golden` rounded to 16 bits; for float32 and float64 an ulp of golden.
 
     There the inputs may be exact and the exact result too (a weight of one, say), but not a weight recomputed from lse.
-    Float32 results of 16-bit inputs (lse, gradients of float32 options) get 1/256 of the rounding that every input has
-    been through: the exponential of a kernel for 16 bits may be shorter.
+    Float32 results of 16-bit inputs (lse, a loss, gradients of float32 options) get 1/256 of the rounding that every
+    input has been through, if that is more: the exponential of a kernel for 16 bits may be shorter.
     """
+    ulp = golden.abs() * torch.finfo(dtype).eps
     if dtype != input_dtype:
-        return (golden.to(input_dtype).double() - golden) / 256
+        return torch.maximum((golden.to(input_dtype).double() - golden).abs() / 256, ulp)
     if dtype in (torch.float32, torch.float64):
-        return golden * torch.finfo(dtype).eps
+        return ulp
     return golden.to(dtype).double() - golden
 
 
