@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import harness
-from benchmarks.models import generate, gpt
+from benchmarks import generate_peers, harness
+from benchmarks.models import gpt
 from benchmarks.models.bert import Step
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 
@@ -87,8 +87,8 @@ def decoding(config: GPT2Config, b: int, prompt: int, n: int) -> harness.Line:
         torch.manual_seed(0)
         competitors, _, _, error = gpt.decoding(config=config, b=b, prompt=prompt, n=n, dtype=DTYPE)
         if importlib.util.find_spec("transformers"):
-            theirs = generate.hugging_face(gpt.without_dropout(config).to(harness.DTYPES[DTYPE]))
-            ids = torch.randint(config.vocab_size, (b, prompt))
+            theirs = generate_peers.hugging_face(gpt.without_dropout(config), DTYPE)
+            ids = torch.randint(config.vocab_size, (b, prompt)).tolist()
             competitors = {"ours": competitors.pop("ours"), "Hugging Face": lambda: theirs(ids, n), **competitors}
         return competitors, error
 

@@ -27,7 +27,7 @@ def choose(op: str, backends: dict[str, ModuleType], requested: str | None, *arg
     for name, module in backends.items():
         reason = module.unsupported(*arguments)
         if reason is None:
-            first = arguments[0]
+            first = arguments[0] if arguments else None
             if name == "native" and isinstance(first, Tensor) and first.is_cuda:
                 reason = "runs on a GPU only when it is asked for by name"
             elif name == "triton" and isinstance(first, Tensor) and first.is_cpu:

@@ -73,7 +73,8 @@ def test_layouts_and_masks(batch_first, norm_first, bias):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_dtypes(dtype, norm_first):
-    torchs, ours = layers(dtype, norm_first=norm_first)
+    # gelu: a rounding that moves a value over relu's kink changes the gradient by more than all roundings together
+    torchs, ours = layers(dtype, norm_first=norm_first, activation="gelu")
     x = torch.randn(B, S, D).to(dtype)
     if dtype == torch.float64:
         return same(torchs, ours, x, dtype, src_key_padding_mask=HIDDEN)
