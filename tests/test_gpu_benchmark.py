@@ -327,11 +327,18 @@ def test_a_suite_that_takes_too_long_is_told_as_far_as_it_came(tmp_path, monkeyp
     assert not record.wrong()
 
 
-def test_a_suite_that_does_not_begin_is_an_error(example, monkeypatch):
+@pytest.mark.parametrize("xdist", [True, False])
+def test_a_suite_that_does_not_begin_is_an_error(xdist, example, monkeypatch):
+    if xdist:
+        pytest.importorskip("xdist")
+    else:
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     record = record_in(example)
     monkeypatch.setattr(gpu, "TESTS", ["no_such_file.py"])
     gpu.test(record, time.monotonic() + 100, "cpu")
-    assert record.tests["error"] == "pytest failed" and "no tests ran" in " ".join(record.tests["failures"])
+    assert record.tests["error"] == "pytest failed" and record.wrong()
+    # pytest-xdist does not pass on which file it was
+    assert ("no tests ran" if xdist else "no_such_file") in " ".join(record.tests["failures"])
 
 
 def test_a_build_that_fails_is_told_with_the_end_of_its_output(tmp_path, monkeypatch):
