@@ -1,5 +1,11 @@
+import os
+import signal
+from contextlib import contextmanager
+
 import pytest
 import torch
+
+from lmkernels.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,3 +48,23 @@ def options(corpus):
         "device": "cpu",
         "threads": 1,
     }
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """`with ctrl_c(before=n)`: the run that it encloses gets Ctrl-C as it begins step n, which is still finished."""
+
+    @contextmanager
+    def interrupted(before: int):
+        step = Trainer.step
+
+        def interrupted_step(self):
+            if self.progress.step == before - 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", interrupted_step)
+            yield
+
+    return interrupted

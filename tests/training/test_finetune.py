@@ -4,10 +4,8 @@ import gzip
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,6 @@ from lmkernels.training.perplexity import windows
 from lmkernels.training.report import read_log
 from lmkernels.training.tasks import question_answering, text_classification, token_classification
 from lmkernels.training.tasks.features import IGNORED, batch
-from lmkernels.training.trainer import Trainer
 
 WORDS = "good bad film food the was a not very Anna Berlin lives in where ? paris . who it".split()
 
@@ -103,18 +100,10 @@ def test_a_task_is_learned_and_scored(tmp_path, files, options, task, figure):
     assert again["eval_loss"] == pytest.approx(result["eval_loss"], rel=1e-4)
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, files, options):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, files, options, ctrl_c):
     options |= {"task": "text-classification", "train": str(files["text-classification"]), "steps": 7}
     finetune(tmp_path / "whole", options)
-    step = Trainer.step
-
-    def stop_at_five(self):
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stop_at_five)
+    with ctrl_c(before=5):
         assert not finetune(tmp_path / "parts", options)["finished"]
     torch.rand(3)
     assert finetune(tmp_path / "parts", {}, resume=True)["finished"]

@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from lmkernels.training.masked import SPECIAL, Vocabulary, hide
 from lmkernels.training.report import read_log
 from lmkernels.training.settings import learning_rate
 from lmkernels.training.tokens import read_tokens, train_tokenizer
-from lmkernels.training.trainer import Trainer, adamw
+from lmkernels.training.trainer import adamw
 
 VOCABULARY = Vocabulary(cls=2, sep=3, mask=4, special=torch.arange(5), ordinary=torch.arange(5, 1000))
 
@@ -111,18 +109,11 @@ def test_a_run_learns_and_leaves_all_its_files(run):
 
 
 @pytest.mark.parametrize("dtype, grad_accum", [("float32", 1), ("bfloat16", 2)])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, masked_options, dtype, grad_accum):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, masked_options, dtype, grad_accum, ctrl_c):
     masked_options |= {"dtype": dtype, "grad_accum": grad_accum}
     pretrain(tmp_path / "whole", masked_options)
 
-    def stop_at_five(self):
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    step = Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stop_at_five)
+    with ctrl_c(before=5):
         first = pretrain(tmp_path / "parts", masked_options)
     assert not first["finished"] and first["step"] == 5
     torch.rand(3)

@@ -3,8 +3,6 @@
 import errno
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from lmkernels.training.causal import Text
 from lmkernels.training.checkpoint import all_in, find, load_tokenizer
 from lmkernels.training.report import read_log
 from lmkernels.training.settings import learning_rate
-from lmkernels.training.trainer import Trainer, adamw
+from lmkernels.training.trainer import adamw
 
 
 def files(folder) -> dict[str, bytes]:
@@ -35,18 +33,11 @@ def test_a_run_learns_and_leaves_all_its_files(tmp_path, options):
 
 
 @pytest.mark.parametrize("dtype, grad_accum", [("float32", 1), ("bfloat16", 2)])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, options, dtype, grad_accum):
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, options, dtype, grad_accum, ctrl_c):
     options |= {"dtype": dtype, "grad_accum": grad_accum}
     pretrain(tmp_path / "whole", options)
 
-    def stop_at_five(self):
-        if self.progress.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self)
-
-    step = Trainer.step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "step", stop_at_five)
+    with ctrl_c(before=5):
         first = pretrain(tmp_path / "parts", options)
     assert not first["finished"] and first["step"] == 5
     # what happened to the generator in between must not matter
