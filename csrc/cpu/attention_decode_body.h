@@ -329,7 +329,7 @@ void decode_attend(const DecodeArgs& a, int64_t index, void* scratch) {
       // a row that has seen nothing yet has -inf, which must not meet -inf
       const T shift = m == -std::numeric_limits<T>::infinity() ? T(0) : m;
       w.correction[r] = m == before ? T(1) : exp_one(before - shift);
-      state.l[r] = state.l[r] * w.correction[r] + exponentials<P>(s, padded, factor, shift);
+      state.l[r] = state.l[r] * w.correction[r] + weights_row<P>(s, padded, factor, -shift);
       state.m[r] = m;
       w.sum_unit[r] = P::pack_weights(s, kScaled ? value_scale : nullptr, padded);
     }

@@ -48,22 +48,8 @@ T row_max(const T* s, int64_t n) {
   return reduce_max(high);
 }
 
-// s (n,) becomes the weights exp(factor s + shift); returns their sum.
-template <class M>
-typename M::Acc weights_row(typename M::Acc* s, int64_t n, typename M::Acc factor, typename M::Acc shift) {
-  using V = typename M::V;
-  const V f = V::set1(factor), c = V::set1(shift);
-  V sum = V::zero();
-  for (int64_t j = 0; j < n; j += V::kLanes) {
-    const V p = M::exp(fma(V::load(s + j), f, c));
-    p.store(s + j);
-    sum = sum + p;
-  }
-  return reduce_add(sum);
-}
-
 #if LMK_BF16_DOT
-// The same, with the weights as pairs in p (n / 2,) instead.
+// weights_row, with the weights as pairs in p (n / 2,) instead.
 inline float weight_pairs_row(const float* s, int64_t n, float factor, float shift, uint32_t* p) {
   using V = Vec<float>;
   const V f = V::set1(factor), c = V::set1(shift);

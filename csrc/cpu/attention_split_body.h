@@ -122,7 +122,7 @@ void split(const AttentionArgs& a, const AttentionTask& task, void* scratch) {
     for (int64_t r = 0; r < head.rows; ++r) {
       T* s = w.s + r * kSplitKeys;
       state.m[r] = m[r];
-      state.l[r] = state.l[r] * w.correction[r] + exponentials<P>(s, padded, factor, -shift[r]);
+      state.l[r] = state.l[r] * w.correction[r] + weights_row<P>(s, padded, factor, shift[r]);
       if (a.dropout_p > 0) apply_dropout<T>(a, head, rows[r], j0, padded, s, nullptr);
       w.units[r] = P::pack_weights(s, nullptr, padded);
     }

@@ -166,27 +166,29 @@ void gemm_panel(const GemmArgs<M>& g, int64_t rows, int64_t col, const typename 
 }
 
 #if LMK_TILES
-// The shapes of the eight tiles: 0 to 3 are C (2 x 2), 4 and 5 rows of A, 6 and 7 columns of B. A tile without rows
-// must have no columns.
+// The shapes of the eight tiles, of 32-bit columns. A tile without rows must have no columns.
 struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  TileShapes(int64_t upper, int64_t lower) {
-    const int64_t of_tile[] = {upper, upper, lower, lower, upper, lower, kTileSide, kTileSide};
-    for (int tile = 0; tile < 8; ++tile) {
-      rows[tile] = uint8_t(of_tile[tile]);
-      row_bytes[tile] = of_tile[tile] ? 64 : 0;
-    }
+  void set(int tile, int64_t count, int64_t columns) {
+    if (count == 0 || columns == 0) return;
+    rows[tile] = uint8_t(count), row_bytes[tile] = uint16_t(columns * 4);
   }
+  // gcc's own _tile_loadconfig says that it reads 8 bytes, so that stores to the others may be left out.
+  void load() const { __asm__ volatile("ldtilecfg %0" ::"m"(*this)); }
 };
+static_assert(sizeof(TileShapes) == 64);
 
-// gcc's own _tile_loadconfig says that it reads 8 bytes, so that stores to the others may be left out.
-template <class Shapes>
-inline void load_shapes(const Shapes& shapes) {
-  static_assert(sizeof(Shapes) == 64);
-  __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+// x on the left: 0 and 1 are sums of its upper rows, 2 and 3 of its lower ones; 4 and 5 its rows, 6 and 7 columns of
+// the right factor.
+inline void configure_tiles(int64_t upper, int64_t lower) {
+  TileShapes s;
+  for (int half = 0; half < 2; ++half)
+    s.set(half, upper, kTileSide), s.set(2 + half, lower, kTileSide), s.set(6 + half, kTileSide, kTileSide);
+  s.set(4, upper, kTileSide), s.set(5, lower, kTileSide);
+  s.load();
 }
 
 // C's rows from `row` on, one or two tiles of them, and kVecs vectors of columns.
@@ -240,8 +242,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
     const int64_t upper = left < kTileSide ? left : kTileSide;
     const int64_t lower = left < pair ? left - upper : kTileSide;
     const int64_t end = row + (left < pair ? left : left / pair * pair);
-    const TileShapes shapes(upper, lower);
-    load_shapes(shapes);
+    configure_tiles(upper, lower);
     for (int64_t n = 0; n < vecs; n += 2) {
       const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / 2 * g.b_panel;
       for (int64_t r = row; r < end; r += pair) {

@@ -18,7 +18,7 @@ namespace {
 
 // C = A B, or C += A B where add is set, in parts of the depth that join C one by one. The sums over tokens and over
 // the vocabulary hold a few large terms, the labels', among many small ones: each of these, added to one running sum,
-// would be rounded at the size of the large ones.
+// would be rounded at the size of the large ones. (Tiles go on from C all the same.)
 template <class M>
 void gemm_in_parts(GemmArgs<M> g, int64_t rows, int64_t vecs, bool add) {
   constexpr int64_t kPart = 256;

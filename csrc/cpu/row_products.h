@@ -362,14 +362,14 @@ void dots(const typename P::Query* q, int64_t q_ld, int64_t m, const char* const
   if (r < m) dot_rows<P, 1>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
 }
 
-// s (n,) becomes exp(factor s - top); returns the sum.
-template <class P>
-typename P::T exponentials(typename P::T* s, int64_t n, typename P::T factor, typename P::T top) {
-  using V = typename P::V;
-  const V f = V::set1(factor), shift = V::set1(-top);
+// s (n,) becomes the weights exp(factor s + shift), by the exponential of M; returns their sum.
+template <class M, class T>
+T weights_row(T* s, int64_t n, T factor, T shift) {
+  using V = Vec<T>;
+  const V f = V::set1(factor), c = V::set1(shift);
   V sum = V::zero();
   for (int64_t j = 0; j < n; j += V::kLanes) {
-    const V p = P::exp(fma(V::load(s + j), f, shift));
+    const V p = M::exp(fma(V::load(s + j), f, c));
     p.store(s + j);
     sum = sum + p;
   }

@@ -34,32 +34,13 @@ inline int64_t one_row_phases(int64_t steps) {
   return phases;
 }
 
-// 0 and 1, 2 and 3: sums; 4 and 5: the left factor; 6 and 7: the right one.
-struct SkinnyTileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-  void set(int tile, int64_t count, int64_t columns) {
-    if (count == 0 || columns == 0) return;
-    rows[tile] = uint8_t(count), row_bytes[tile] = uint16_t(columns * 4);
-  }
-};
-
-// x on the left: sums are (rows, columns), 0 and 1 of the upper rows.
-inline void configure_columns(const RowGroup& g) {
-  SkinnyTileShapes s;
-  for (int half = 0; half < 2; ++half) s.set(half, g.upper, 16), s.set(2 + half, g.lower, 16), s.set(6 + half, 16, 16);
-  s.set(4, g.upper, 16), s.set(5, g.lower, 16);
-  load_shapes(s);
-}
-
 // The weight on the left: sums are (columns, rows), 0 and 2 of the upper rows.
 inline void configure_rows(const RowGroup& g) {
-  SkinnyTileShapes s;
+  TileShapes s;
   for (int half = 0; half < 2; ++half)
     s.set(2 * half, 16, g.upper), s.set(2 * half + 1, 16, g.lower), s.set(4 + half, 16, 16);
   s.set(6, 16, g.upper), s.set(7, 16, g.lower);
-  load_shapes(s);
+  s.load();
 }
 
 // sums (rows, 32 columns) += x (rows, 32 steps) times a panel, whose two tiles per step follow each other.
@@ -157,7 +138,7 @@ inline void run_tile_columns(const SkinnyArgs& a, int64_t first, int64_t cols, v
       interleave_panel(weight + k * a.weight_row + c, a.weight_row, depth, cols - c, ahead, panel);
       for (int64_t i = 0; i < groups; ++i) {
         const RowGroup g = row_group(a.rows, i);
-        if (groups > 1 || (k == 0 && c == 0)) configure_columns(g);
+        if (groups > 1 || (k == 0 && c == 0)) configure_tiles(g.upper, g.lower);
         const uint16_t* rows = x + g.first * a.packed_row + k;
         float *total = sums + g.first * ld + c, *out = in_parts ? part : total;
         const int64_t out_row = in_parts ? 32 : ld;
