@@ -9,19 +9,55 @@
 #include "philox.h"
 #include "attention_score_body.h"
 #include "attention_fwd_body.h"
+#include "attention_tiles_body.h"
 #include "attention_split_body.h"
 #include "attention_bwd_body.h"
+#include "attention_bwd_tiles_body.h"
 
 namespace lmk {
 namespace LMK_NS {
 namespace {
 
+// A bfloat16 task goes by tiles where it can.
+template <class M>
+int64_t fwd_scratch_of(const AttentionArgs& a) {
+#if LMK_TILES
+  if constexpr (kByTiles<M>)
+    if (goes_by_tiles(a)) return FwdTiles(a, nullptr).bytes;
+#endif
+  return fwd_scratch<M>(a);
+}
+template <class M>
+void fwd_of(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+#if LMK_TILES
+  if constexpr (kByTiles<M>)
+    if (goes_by_tiles(a)) return fwd_by_tiles(a, task, next, scratch);
+#endif
+  fwd<M>(a, task, next, scratch);
+}
+template <class M>
+int64_t bwd_scratch_of(const AttentionArgs& a) {
+#if LMK_TILES
+  if constexpr (kByTiles<M>)
+    if (goes_by_tiles(a)) return bwd_tiles_scratch(a);
+#endif
+  return bwd_scratch<M>(a);
+}
+template <class M>
+void bwd_of(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+#if LMK_TILES
+  if constexpr (kByTiles<M>)
+    if (goes_by_tiles(a)) return bwd_by_tiles(a, task, next, scratch);
+#endif
+  bwd<M>(a, task, next, scratch);
+}
+
 // M: how tiles multiply; P: how few rows do.
 template <class M, class P>
 constexpr AttentionKernels kernels_of() {
-  return {M::V::kLanes, sizeof(typename M::Acc), kBwdKeys,         kBwdRows, kBwdKeys,        fwd_scratch<M>,
-          fwd<M>,       split_scratch<P>,        split_state<P>,   split<P>, split_finish<P>, bwd_scratch<M>,
-          bwd<M>,       bwd_finish<M>,           dbias_scratch<M>, dbias<M>};
+  return {M::V::kLanes, sizeof(typename M::Acc), kBwdKeys,         kBwdRows, kBwdKeys,        fwd_scratch_of<M>,
+          fwd_of<M>,    split_scratch<P>,        split_state<P>,   split<P>, split_finish<P>, bwd_scratch_of<M>,
+          bwd_of<M>,    bwd_finish<M>,           dbias_scratch<M>, dbias<M>};
 }
 
 // One row per DType, in its order.

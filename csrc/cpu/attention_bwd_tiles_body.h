@@ -1,0 +1,261 @@
+// The backward by tiles (AMX), where no feature changes single scores: the steps of attention_bwd_body.h on panels of
+// kSide keys by kSide queries. P and dS are rows of keys for dV = P^T dO and dK = dS^T Q, and dS is pairs of keys for
+// dQ^T = K^T dS^T. Included by attention_body.h.
+
+#if LMK_TILES
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
+constexpr int64_t kBwdGroups = 4;  // groups of queries whose products with a panel of keys are added at once
+
+struct BwdTiles {
+  int64_t q_depth, v_depth, q_wide, v_wide;  // d and d_v in pairs, to whole tiles, and in elements, to two of them
+  int64_t block, groups, panels;             // keys packed at once; groups of a key head; panels of a block
+  uint32_t *k, *v, *kt;            // keys (block, q_depth), values (block, v_depth); keys (panels, q_wide, 16)
+  uint32_t *q, *dout;              // (kBwdGroups, q_depth, kSide), of d_v likewise
+  uint32_t *q_pairs, *dout_pairs;  // (kBwdGroups, kTileSide, q_wide): query i and i + kTileSide
+  uint32_t *p, *ds;                // (kBwdGroups, kSide keys, kTileSide): the same pairs
+  uint32_t* ds_pairs;              // (panels, kBwdGroups, kTileSide, kSide): pairs of keys
+  uint32_t *buffer, *zeros;        // zeros: a row
+  float *s, *dp;                   // (kSide keys, kSide)
+  float *dk, *dv, *dq;             // (block, q_wide), (block, v_wide), (groups, q_wide, kSide)
+  float *shift, *delta;            // (groups, kSide): -lse in powers of 2
+  TileGroup* group;
+  int64_t bytes;
+
+  BwdTiles(const AttentionArgs& a, int64_t keys_at_once, void* base) : block(keys_at_once) {
+    Arena arena(base);
+    q_depth = round_up((a.head_dim + 1) / 2, kTileSide), v_depth = round_up((a.head_dim_v + 1) / 2, kTileSide);
+    q_wide = round_up(a.head_dim, kSide), v_wide = round_up(a.head_dim_v, kSide);
+    groups = (a.most_rows + kSide - 1) / kSide, panels = block / kSide;
+    k = arena.take<uint32_t>(block * q_depth);
+    v = arena.take<uint32_t>(block * v_depth);
+    kt = arena.take<uint32_t>(block / 2 * q_wide);
+    q = arena.take<uint32_t>(kBwdGroups * q_depth * kSide);
+    dout = arena.take<uint32_t>(kBwdGroups * v_depth * kSide);
+    q_pairs = arena.take<uint32_t>(kBwdGroups * kTileSide * q_wide);
+    dout_pairs = arena.take<uint32_t>(kBwdGroups * kTileSide * v_wide);
+    p = arena.take<uint32_t>(kBwdGroups * kPanelPairs);
+    ds = arena.take<uint32_t>(kBwdGroups * kPanelPairs);
+    ds_pairs = arena.take<uint32_t>(panels * kBwdGroups * kPanelPairs);
+    const int64_t widest = q_wide > v_wide ? q_wide : v_wide;
+    buffer = arena.take<uint32_t>(kTileSide * widest);
+    zeros = arena.take<uint32_t>(widest);
+    s = arena.take<float>(kSquare);
+    dp = arena.take<float>(kSquare);
+    dk = arena.take<float>(block * q_wide);
+    dv = arena.take<float>(block * v_wide);
+    dq = arena.take<float>(groups * q_wide * kSide);
+    shift = arena.take<float>(groups * kSide);
+    delta = arena.take<float>(groups * kSide);
+    group = arena.take<TileGroup>(groups);
+    bytes = arena.used();
+  }
+};
+
+// P and dS of a panel of keys, whose first is `first`, and a group of queries, from S and dP.
+template <bool kMasked>
+[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, uint32_t* p,
+                                  uint32_t* ds, uint32_t* ds_pairs) {
+  using V = Vec<float>;
+  const Lanes shift = Lanes::load(w.shift + number * kSide), delta = Lanes::load(w.delta + number * kSide);
+  const __m512i low_half = _mm512_set1_epi32(0xffff);
+  constexpr int kAAndCOrB = 0xec;
+  for (int64_t key = 0; key < kSide; key += 2) {
+    __m512i rows[2];  // of dS
+    for (int64_t i = 0; i < 2; ++i) {
+      V weight[2], gradient[2];
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = score_at(key + i, half);
+        weight[half] = exp2_bf16(fma(V::load(w.s + at), factor, shift.v[half]));
+        if constexpr (kMasked)
+          weight[half].v =
+              _mm512_maskz_mov_ps(w.group[number].see(half, _mm512_set1_epi32(int(first + key + i))), weight[half].v);
+        gradient[half] = weight[half] * (V::load(w.dp + at) - delta.v[half]);
+      }
+      _mm512_storeu_si512(p + (key + i) * kTileSide, round_to_pairs(weight[0], weight[1]));
+      rows[i] = round_to_pairs(gradient[0], gradient[1]);
+      _mm512_storeu_si512(ds + (key + i) * kTileSide, rows[i]);
+    }
+    uint32_t* pairs = ds_pairs + key / 2 * kSide;
+    _mm512_storeu_si512(pairs, _mm512_ternarylogic_epi32(rows[0], _mm512_slli_epi32(rows[1], 16), low_half, kAAndCOrB));
+    _mm512_storeu_si512(pairs + kTileSide,
+                        _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rows[0], 16), rows[1]));
+  }
+}
+
+// Packs keys and values [j0, j0 + n), with zeros up to whole panels.
+inline void pack_grad_keys(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t j0, int64_t n) {
+  const void* rows[kSide];
+  for (int64_t j = 0; j < n; j += kSide) {
+    const int64_t count = n - j < kSide ? n - j : kSide;
+    key_rows(a, a.v, head, j0 + j, count, rows);
+    for (int64_t r = count; r < kSide; ++r) rows[r] = w.zeros;
+    pack_panel(a, rows, a.head_dim_v, w.v + j * w.v_depth);
+    key_rows(a, a.k, head, j0 + j, count, rows);
+    pack_panel(a, rows, a.head_dim, w.k + j * w.q_depth);
+    pack_turned(a, rows, a.head_dim, w.q_wide, w.buffer, w.kt + j / 2 * w.q_wide);
+  }
+}
+
+// Packs x (q or dout) of a group of n queries as the right factor of the products with keys and of those with P and dS.
+inline void pack_grad_rows(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, const Heads& x,
+                           const Row* rows, int64_t n, int64_t dim, uint32_t* columns, uint32_t* pairs) {
+  const void *lines[kSide], *paired[kSide];
+  for (int64_t r = 0; r < kSide; ++r) lines[r] = r < n ? query_row(a, x, head, rows[r]) : w.zeros;
+  pack_query_columns(a, lines, dim, columns, w.buffer);
+  for (int64_t r = 0; r < kSide; ++r) paired[r] = lines[r / 2 + r % 2 * kTileSide];
+  pack_depth<MathBf16>(a.dtype, paired, kSide, dim, pairs, round_up(dim, kSide));
+}
+
+// The gradients of the groups from `number` on, at most kBwdGroups, against the packed keys [j0, j0 + n): w.dq, w.dk
+// and w.dv are added to.
+inline void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t number, int64_t j0,
+                       int64_t n) {
+  const int64_t first_row = number * kSide, rows_left = head.rows - first_row;
+  const int64_t groups = rows_left < kBwdGroups * kSide ? (rows_left + kSide - 1) / kSide : kBwdGroups;
+  const TileGroup* group = w.group + number;
+  const auto sees = [&](int64_t g, int64_t key) {
+    return group[g].some_begin < key + kSide && group[g].some_end > key;
+  };
+  int64_t begin[kBwdGroups], end[kBwdGroups];  // panels that a group sees
+  for (int64_t g = 0; g < groups; ++g) begin[g] = end[g] = 0;
+  bool any = false;
+  for (int64_t panel = 0; panel * kSide < n; ++panel)
+    for (int64_t g = 0; g < groups; ++g)
+      if (sees(g, j0 + panel * kSide)) {
+        if (end[g] == 0) begin[g] = panel;
+        end[g] = panel + 1;
+        any = true;
+      }
+  if (!any) return;
+  Row rows[kSide];
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t count = rows_left - g * kSide < kSide ? rows_left - g * kSide : kSide;
+    rows_of(a, head, first_row + g * kSide, count, rows);
+    pack_grad_rows(a, head, w, a.q, rows, count, a.head_dim, w.q + g * w.q_depth * kSide,
+                   w.q_pairs + g * kTileSide * w.q_wide);
+    pack_grad_rows(a, head, w, a.dout, rows, count, a.head_dim_v, w.dout + g * w.v_depth * kSide,
+                   w.dout_pairs + g * kTileSide * w.v_wide);
+  }
+  const Vec<float> factor = Vec<float>::set1(float(a.scale * kLog2e));
+  TileWork work;
+  for (int64_t panel = 0; panel * kSide < n; ++panel) {
+    const int64_t key = j0 + panel * kSide;
+    int64_t first = groups, last = 0;
+    for (int64_t g = 0; g < groups; ++g)
+      if (sees(g, key)) first = g < first ? g : first, last = g + 1;
+    for (int64_t g = first; g < last; ++g) {
+      uint32_t *p = w.p + g * kPanelPairs, *ds = w.ds + g * kPanelPairs;
+      uint32_t* ds_pairs = w.ds_pairs + (panel * kBwdGroups + g) * kPanelPairs;
+      if (!sees(g, key)) {
+        memset(p, 0, kPanelPairs * sizeof(*p));
+        memset(ds, 0, kPanelPairs * sizeof(*ds));
+        continue;
+      }
+      work.push({w.k + panel * kSide * w.q_depth, kTileSide, kPanelPairs, w.q + g * w.q_depth * kSide, kSide,
+                 kPanelPairs, w.s, kSide, w.q_depth / kTileSide, false});
+      work.push({w.v + panel * kSide * w.v_depth, kTileSide, kPanelPairs, w.dout + g * w.v_depth * kSide, kSide,
+                 kPanelPairs, w.dp, kSide, w.v_depth / kTileSide, false});
+      work.finish();
+      if (group[g].all_see(key, kSide))
+        grad_panel<false>(w, factor, number + g, key, p, ds, ds_pairs);
+      else
+        grad_panel<true>(w, factor, number + g, key, p, ds, ds_pairs);
+    }
+    const auto add = [&](const uint32_t* left, const uint32_t* right, int64_t wide, float* sum) {
+      for (int64_t c = 0; c < wide; c += kSide)
+        work.push({left + first * kPanelPairs, kTileSide, kPanelPairs, right + first * kTileSide * wide + c, wide,
+                   kTileSide * wide, sum + panel * kSide * wide + c, wide, last - first, true});
+    };
+    if (first < last) {
+      add(w.p, w.dout_pairs, w.v_wide, w.dv);
+      add(w.ds, w.q_pairs, w.q_wide, w.dk);
+      work.finish();
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g)
+    if (begin[g] < end[g]) {
+      for (int64_t c = 0; c < w.q_wide; c += kSide)
+        work.push({w.kt + (begin[g] * w.q_wide + c) * kTileSide, kTileSide, w.q_wide * kTileSide,
+                   w.ds_pairs + (begin[g] * kBwdGroups + g) * kPanelPairs, kSide, kBwdGroups * kPanelPairs,
+                   w.dq + ((number + g) * w.q_wide + c) * kSide, kSide, end[g] - begin[g], true});
+      work.finish();
+    }
+}
+
+// Keys of a block: more share the cost of packing queries where no other task waits for some.
+inline int64_t bwd_tiles_block(const KeyHead& head) {
+  const int64_t most = head.parts == 1 ? 2 * kBwdKeys : kBwdKeys, all = round_up(head.seq_k, kSide);
+  return most < all ? most : all;
+}
+
+inline int64_t bwd_tiles_scratch(const AttentionArgs& a) { return BwdTiles(a, 2 * kBwdKeys, nullptr).bytes; }
+
+inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
+  const int64_t step = bwd_tiles_block(head);
+  const BwdTiles w(a, 2 * kBwdKeys, scratch);
+  Ahead ahead(a, next);
+  memset(w.zeros, 0, size_t(w.q_wide > w.v_wide ? w.q_wide : w.v_wide) * 4);
+  const int64_t groups = (head.rows + kSide - 1) / kSide;
+  memset(w.dq, 0, size_t(groups * w.q_wide * kSide) * sizeof(float));
+  double* dsink =
+      a.dsink_partial && task.part == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
+  for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    Row rows[kSide];
+    const int64_t count = head.rows - g * kSide < kSide ? head.rows - g * kSide : kSide;
+    rows_of(a, head, g * kSide, count, rows);
+    w.group[g] = TileGroup(rows, count);
+    for (int64_t r = 0; r < kSide; ++r) {
+      float lse = std::numeric_limits<float>::infinity(), delta = 0;
+      if (r < count) lse = lse_of<float>(a, head, rows[r]), delta = delta_of<float>(a, head, rows[r]);
+      w.shift[g * kSide + r] = -lse * float(kLog2e);
+      w.delta[g * kSide + r] = delta;
+      if (dsink && r < count) {
+        const float sink = reinterpret_cast<const float*>(a.sink)[rows[r].h];
+        dsink[(g * kSide + r) / head.seq_q] -= exp_one(sink - lse) * delta;
+      }
+    }
+  }
+
+  configure_squares();
+  for (int64_t j0 = task.part * step; j0 < head.seq_k; j0 += head.parts * step) {
+    const int64_t stored = head.seq_k - j0 < step ? head.seq_k - j0 : step;
+    const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;
+    memset(w.dk, 0, size_t(round_up(stored, kSide) * w.q_wide) * sizeof(float));
+    memset(w.dv, 0, size_t(round_up(stored, kSide) * w.v_wide) * sizeof(float));
+    if (block > 0) {
+      pack_grad_keys(a, head, w, j0, block);
+      for (int64_t g = 0; g < groups; g += kBwdGroups) {
+        for (int64_t r = 0; r < kBwdGroups * kSide; ++r) ahead.step(a);
+        bwd_groups(a, head, w, g, j0, block);
+      }
+    }
+    store_keys(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
+  }
+  _tile_release();
+
+  const int64_t wide = round_up(a.head_dim, Vec<float>::kLanes);
+  float turned[kTileSide * 256];
+  for (int64_t r0 = 0; r0 < head.rows; r0 += kTileSide) {
+    const float* sum = w.dq + r0 / kSide * w.q_wide * kSide;
+    turn_out(sum, r0 % kSide / kTileSide, w.q_wide, turned);
+    for (int64_t r = r0; r < head.rows && r < r0 + kTileSide; ++r) {
+      float* row = turned + (r - r0) * w.q_wide;
+      if (head.parts == 1)
+        store_query(a, head, r, row);
+      else
+        memcpy(dq_part<float>(a, head, task.part, wide) + r * wide, row, size_t(wide) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk
+
+#endif  // LMK_TILES
