@@ -342,6 +342,19 @@ def test_nan_gradients_come_out_as_nan(backend):
     assert dk.isnan().all() and dv[..., 2].isnan().all() and dv.isnan().sum() == 20
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (300, 5)}], ids=str)
+def test_scores_that_grow_from_key_to_key_are_as_accurate_as_plain_torch(options, dtype, native):
+    """The running maximum rises all the time, and a block of keys is not the last."""
+    case = cases.AttentionCase("growing scores", 1, 2, 70, 2100, 64, **options)
+    inputs = case.make(dtype)
+    inputs = replace(inputs, k=inputs.k * torch.linspace(0, 8, case.s_k)[:, None, None].to(dtype))
+    actual = numerics.attention_results(attention, inputs, backend=native)
+    plain = numerics.plain_attention_results(inputs)
+    for name, expected in numerics.golden_attention(inputs).items():
+        numerics.assert_as_accurate(actual[name], expected, plain[name], name, dtype=dtype, samples=inputs.rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_large_scores_do_not_overflow(dtype, backend):
     """Scores of several thousand: the softmax is a maximum, exactly."""
