@@ -1,7 +1,7 @@
-// A decoder-only transformer, from token ids to logits, for one new token of each of a few sequences. Free of torch.
+// A decoder-only transformer, from token ids to logits, for a few new tokens of some sequences. Free of torch.
 //
 // A layer is x += project(attend(qkv(norm1(x)))), x += down(f(up(norm2(x)))), where f is an activation or, with a gate,
-// activation(gate(norm2(x))) times its argument. A step goes through five stages per layer and one for the head. A
+// activation(gate(norm2(x))) times its argument. A step goes through six stages per layer and one for the head. A
 // stage is a number of tasks that may run in any order on any threads; a task may run when all tasks of the stages
 // before are done. What a stage needs of x as a whole (a norm, the range of a row) every thread computes for itself: it
 // costs less than to wait for another.
@@ -17,7 +17,7 @@
 
 namespace lmk {
 
-constexpr int64_t kStepParts = 5;       // stages of a layer: qkv, attend, project, up, down
+constexpr int64_t kStepParts = 6;       // stages of a layer: qkv, append, attend, project, up, down
 constexpr int64_t kStepShare = 256;     // keys of a task; from the sequence alone, as results depend on it
 constexpr int64_t kStepMostGroup = 64;  // query heads per key head
 
@@ -27,6 +27,7 @@ struct StepWeight {
   bool transposed;  // (depth, cols) with contiguous columns, else (cols, depth)
   const void *data, *scales;
   int64_t depth, cols, row;  // row: stride in elements
+  int64_t rows;              // of x
   const float* bias;         // (cols,)
 
   int64_t sum_depth;       // sums over so much of the depth are added up in their order
@@ -45,13 +46,14 @@ struct StepLayer {
   char *k, *v;                                                         // the cache
 };
 
-// A sequence of the batch.
+// A new token of a sequence.
 struct StepRow {
   int64_t token, position;
-  int64_t start;  // the first slot of the cache that it sees; its new token goes to slot `length`
+  int64_t sequence;  // the row of the cache, where sequences have no pages
+  int64_t start;     // the first slot of the cache that it sees; it goes to slot `length`
   int64_t length;
   DecodeSequence keys;   // of the slots from `start` on
-  const int32_t* pages;  // slot j is slot j % page_size of page pages[j / page_size]; null: of cache row r
+  const int32_t* pages;  // slot j is slot j % page_size of page pages[j / page_size]; null: of row `sequence`
   int64_t first_task;    // of its attention
 };
 
@@ -68,11 +70,15 @@ struct DecodeStepArgs {
   int64_t half_rotary;
   bool interleaved;
   int64_t cache_row, cache_head, cache_token;  // strides of every k and v, in bytes; cache_row is that of a page
-  int64_t page_size, num_pages;                // where rows have pages
-  const StepRow* row;                          // (rows,)
-  const StepLayer* layer;                      // (layers,)
+  int64_t page_size, num_pages;                // where sequences have pages
+  // Whether a sequence may have several tokens, which see those before them. Then all are appended before any attends;
+  // else each by its own attention, without a stage more.
+  bool appends;
+  const StepRow* row;      // (rows,)
+  const StepLayer* layer;  // (layers,)
   const float *norm_weight, *norm_bias;
   StepWeight head;
+  const int64_t* logits_of;  // (head.rows,) the rows whose logits are wanted, or null: all
 
   // what the tasks of a step hand on
   float* x[2];       // (rows, d_model): the residual stream, before the norms of even and of odd number
@@ -85,7 +91,7 @@ struct DecodeStepArgs {
   int64_t attention_tasks() const { return row[rows - 1].first_task + row[rows - 1].keys.shares * heads_kv; }
 };
 
-enum class StepPart : int { qkv, attend, project, up, down, head };
+enum class StepPart : int { qkv, append, attend, project, up, down, head };
 
 inline StepPart step_part(const DecodeStepArgs& a, int64_t stage) {
   return stage == a.layers * kStepParts ? StepPart::head : static_cast<StepPart>(stage % kStepParts);
@@ -98,6 +104,8 @@ inline int64_t step_tasks(const DecodeStepArgs& a, int64_t stage) {
   switch (part) {
     case StepPart::qkv:
       return layer.qkv.tasks();
+    case StepPart::append:
+      return a.appends ? a.rows : 0;
     case StepPart::attend:
       return a.attention_tasks();
     case StepPart::project:

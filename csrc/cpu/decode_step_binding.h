@@ -93,18 +93,24 @@ struct StepReader {
   }
 };
 
-// The logits (rows, vocab), float32, of one token more of each sequence; appends its key and value to caches.
+// The logits (rows or logits_of, vocab), float32, after tokens of sequences, whose keys and values go to caches.
 Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Tensor& starts, const Tensor& lengths,
-                   std::vector<Tensor> caches, const OptionalTensor& block_table, std::vector<Tensor> weights,
-                   const Tensor& vectors, const OptionalTensor& cos, const OptionalTensor& sin, int64_t vocab,
-                   int64_t d_model, int64_t d_ff, int64_t heads, double eps, bool rms, int64_t activation, bool gated,
-                   double scale, bool scale_by_layer, bool interleaved) {
+                   std::vector<Tensor> caches, const OptionalTensor& block_table, const OptionalTensor& sequences,
+                   const OptionalTensor& logits_of, std::vector<Tensor> weights, const Tensor& vectors,
+                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t vocab, int64_t d_model, int64_t d_ff,
+                   int64_t heads, double eps, bool rms, int64_t activation, bool gated, double scale,
+                   bool scale_by_layer, bool interleaved) {
   lmk::DecodeStepArgs a{};
   STD_TORCH_CHECK(!caches.empty() && weights.size() > 2, "caches and weights must not be empty");
   for (const Tensor* x : {&token_ids, &position_ids, &starts, &lengths})
     STD_TORCH_CHECK(x->is_cpu() && x->dim() == 1 && x->size(0) == token_ids.size(0) && x->is_contiguous() &&
                         x->scalar_type() == ScalarType::Long,
                     "token_ids, position_ids, starts and lengths must be contiguous int64 (rows,)");
+  for (const OptionalTensor* x : {&sequences, &logits_of})
+    STD_TORCH_CHECK(
+        !*x || ((*x)->is_cpu() && (*x)->dim() == 1 && (*x)->is_contiguous() &&
+                (*x)->scalar_type() == ScalarType::Long && (x == &logits_of || (*x)->size(0) == token_ids.size(0))),
+        "sequences (rows,) and logits_of must be contiguous int64");
   const Tensor& cache = caches[0];
   a.dtype = dtype_of(cache);
   STD_TORCH_CHECK(a.dtype != lmk::DType::f64, "weights and caches must be float32, bfloat16 or float16");
@@ -131,7 +137,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
 
   for (const Tensor& x : caches)
     STD_TORCH_CHECK(
-        x.is_cpu() && x.dim() == 5 && x.size(0) == 2 && (block_table || x.size(1) >= a.rows) &&
+        x.is_cpu() && x.dim() == 5 && x.size(0) == 2 && (block_table || sequences || x.size(1) >= a.rows) &&
             x.size(4) == cache.size(4) && x.size(2) == cache.size(2) && x.size(3) == cache.size(3) &&
             dtype_of(x) == a.dtype && (x.stride(4) == 1 || x.size(4) == 1) && x.stride(1) == cache.stride(1) &&
             x.stride(2) == cache.stride(2) && x.stride(3) == cache.stride(3),
@@ -141,8 +147,8 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   int64_t capacity = cache.size(3);
   if (block_table) {
     STD_TORCH_CHECK(block_table->is_cpu() && block_table->dim() == 2 && block_table->scalar_type() == ScalarType::Int &&
-                        block_table->size(0) == a.rows && block_table->is_contiguous(),
-                    "block_table must be contiguous int32 (rows, max_blocks)");
+                        (sequences || block_table->size(0) == a.rows) && block_table->is_contiguous(),
+                    "block_table must be contiguous int32 (rows or sequences, max_blocks)");
     a.page_size = cache.size(3), a.num_pages = cache.size(1);
     capacity = a.page_size * block_table->size(1);
   }
@@ -165,8 +171,14 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   checked_indices(position_ids, 1, a.rows, "position_ids", most_positions);
   checked_indices(lengths, 1, a.rows, "lengths", capacity);
   checked_indices(starts, 1, a.rows, "starts", capacity);
+  if (sequences)
+    checked_indices(*sequences, 1, a.rows, "sequences", block_table ? block_table->size(0) : cache.size(1));
+  if (logits_of) checked_indices(*logits_of, 1, logits_of->size(0), "logits_of", a.rows);
+  STD_TORCH_CHECK(!logits_of || logits_of->size(0) > 0 || a.rows == 0, "logits_of must name a row or more");
+  a.appends = sequences.has_value();
 
-  Tensor logits = new_tensor(vectors, {a.rows, a.vocab}, ScalarType::Float);
+  const int64_t wanted = logits_of ? logits_of->size(0) : a.rows;
+  Tensor logits = new_tensor(vectors, {wanted, a.vocab}, ScalarType::Float);
   if (a.rows == 0) return logits;
 
   const auto data = [](const Tensor& x) { return static_cast<const int64_t*>(x.const_data_ptr()); };
@@ -176,10 +188,11 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
     lmk::StepRow& row = rows[size_t(r)];
     row.token = data(token_ids)[r], row.position = data(position_ids)[r];
     row.start = data(starts)[r], row.length = data(lengths)[r];
+    row.sequence = sequences ? data(*sequences)[r] : r;
     if (row.start > row.length)
       throw std::invalid_argument("starts must not lie beyond lengths, got " + std::to_string(row.start) + " and " +
                                   std::to_string(row.length));
-    row.keys.before = row.length - row.start, row.keys.total = row.keys.before + 1;
+    row.keys.total = row.length - row.start + 1, row.keys.before = row.keys.total - (a.appends ? 0 : 1);
     row.keys.share = lmk::kStepShare;
     row.keys.shares = (row.keys.total + lmk::kStepShare - 1) / lmk::kStepShare;
     row.first_task = attention_tasks;
@@ -187,7 +200,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
     keys += row.keys.total;
     if (!block_table) continue;
     if (row.start != 0) throw std::invalid_argument("starts must be 0 with a block_table");
-    row.pages = static_cast<const int32_t*>(block_table->const_data_ptr()) + r * block_table->size(1);
+    row.pages = static_cast<const int32_t*>(block_table->const_data_ptr()) + row.sequence * block_table->size(1);
     for (int64_t page = 0; page <= row.length / a.page_size; ++page)
       if (row.pages[page] < 0 || row.pages[page] >= a.num_pages)
         throw std::invalid_argument("block_table must lie between 0 and " + std::to_string(a.num_pages - 1) +
@@ -247,12 +260,15 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
     lmk::StepWeight* const parts[] = {&layer.qkv, &layer.project, &layer.up, &layer.gate, &layer.down};
     for (int i = 0; i < 5; ++i) {
       lmk::StepWeight& w = *parts[i];
+      w.rows = a.rows;
       kernels.share_out(a, w);
       w.product_row = (w.cols + 15) / 16 * 16;
       slots[i] = std::max(slots[i], w.chunks * a.rows * w.product_row * kFloat + kSlack);
       work += 2.0 * double(a.rows * w.depth * w.cols);
     }
   }
+  a.logits_of = logits_of ? data(*logits_of) : nullptr;
+  a.head.rows = wanted;
   kernels.share_out(a, a.head);
   for (int64_t& slot : slots) slot = piece(slot);
   Tensor memory = new_tensor(vectors, {bytes}, ScalarType::Byte);
@@ -270,7 +286,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   std::vector<int64_t> first_tasks{0};
   for (int64_t stage = 0; stage < a.stages(); ++stage)
     first_tasks.push_back(first_tasks.back() + lmk::step_tasks(a, stage));
-  work += 2.0 * double(a.rows * d * a.vocab) + 4.0 * double(keys * a.layers * attended);
+  work += 2.0 * double(wanted * d * a.vocab) + 4.0 * double(keys * a.layers * attended);
   constexpr double kWorthThreads = 1e6;  // by the measure of run_tasks, and more, as threads wait for each other
   const int64_t threads = work < kWorthThreads ? 1 : torch::stable::get_num_threads();
   const int64_t scratch_bytes = kernels.scratch(a);

@@ -27,11 +27,11 @@ inline int64_t packed_row(const SkinnyKernels& kernels, int64_t depth) {
   return (round_up(round_up(depth, kernels.packed_unit), line) / line | 1) * line;
 }
 
-inline QuantizedArgs quantized_args(const DecodeStepArgs& a, const StepWeight& w) {
+inline QuantizedArgs quantized_args(const StepWeight& w) {
   QuantizedArgs q{};
   q.dtype = DType::f32;
   q.bits = w.bits;
-  q.rows = q.rows_per_task = a.rows, q.depth = w.depth, q.cols = w.cols;
+  q.rows = q.rows_per_task = w.rows, q.depth = w.depth, q.cols = w.cols;
   q.data = static_cast<const uint8_t*>(w.data), q.scales = w.scales;
   q.padded = round_up(w.depth, kWeightGroup);
   q.groups = (q.padded + (w.bits == 4 ? kWeightGroup : kByteGroup) - 1) / (w.bits == 4 ? kWeightGroup : kByteGroup);
@@ -43,7 +43,7 @@ inline QuantizedArgs quantized_args(const DecodeStepArgs& a, const StepWeight& w
 inline SkinnyArgs skinny_args(const DecodeStepArgs& a, const StepWeight& w) {
   SkinnyArgs s{};
   s.dtype = a.dtype;
-  s.rows = a.rows, s.depth = is_whole_row(w) ? w.depth : w.sum_depth, s.cols = w.cols;
+  s.rows = w.rows, s.depth = is_whole_row(w) ? w.depth : w.sum_depth, s.cols = w.cols;
   s.transposed = w.transposed, s.weight_row = w.row, s.sum_depth = w.sum_depth;
   s.streams = prefers_streams();
   return s;
@@ -61,7 +61,7 @@ void share_out(const DecodeStepArgs& a, StepWeight& w) {
   }
   if (w.bits) {
     const int64_t panel_bytes = kPanelCols * round_up(w.depth, kWeightGroup) * w.bits / 8;
-    const int64_t unit = prefers_streams() && w.bits == 8 && a.rows == 1 ? kStreams : 2;
+    const int64_t unit = prefers_streams() && w.bits == 8 && w.rows == 1 ? kStreams : 2;
     w.task_cols = round_up((kBytes / 4 + panel_bytes - 1) / panel_bytes, unit) * kPanelCols;
   } else if (!w.transposed) {
     w.task_cols = round_up((kRowsBytes + w.depth * element - 1) / (w.depth * element), 32);
@@ -70,9 +70,9 @@ void share_out(const DecodeStepArgs& a, StepWeight& w) {
     const int64_t runs = most(1, w.cols * element / kRun);
     w.task_cols = least(round_up((w.cols + runs - 1) / runs, 64), w.cols);
     w.sum_depth = least(round_up((kBytes + w.task_cols * element - 1) / (w.task_cols * element), kDepth), w.depth);
-    if (a.rows > 1) w.task_cols = least(round_up((w.cols + kTasks - 1) / kTasks, 64), w.cols);
+    if (w.rows > 1) w.task_cols = least(round_up((w.cols + kTasks - 1) / kTasks, 64), w.cols);
   }
-  w.chunks = a.rows > 1 ? 1 : (w.depth + w.sum_depth - 1) / w.sum_depth;
+  w.chunks = w.rows > 1 ? 1 : (w.depth + w.sum_depth - 1) / w.sum_depth;
   w.blocks = (w.cols + w.task_cols - 1) / w.task_cols;
 }
 
@@ -81,11 +81,11 @@ inline CacheType cache_type(DType dtype) { return static_cast<CacheType>(static_
 // What the attention of one row has in common with that of the others. `staged`: q, k and v of the row, in dtype.
 DecodeArgs attention_args(const DecodeStepArgs& a, const StepLayer& layer, const StepRow& row, void* staged) {
   const int64_t size = element_size(a.dtype), head = a.head_dim * size, r = &row - a.row;
-  const int64_t cached = row.pages ? 0 : r * a.cache_row + row.start * a.cache_token;
+  const int64_t cached = row.pages ? 0 : row.sequence * a.cache_row + row.start * a.cache_token;
   char* q = static_cast<char*>(staged);
   DecodeArgs d{};
   d.dtype = a.dtype;
-  d.batch = d.seq_q = d.seq_new = 1;
+  d.batch = d.seq_q = d.seq_new = 1;  // none is new where keys.before counts it already
   d.heads = a.heads, d.heads_kv = a.heads_kv, d.head_dim = d.head_dim_v = a.head_dim;
   d.sequences = &row.keys;
   d.most_shares = row.keys.shares;
@@ -149,7 +149,7 @@ int64_t kernel_scratch(const DecodeStepArgs& a) {
   const auto product = [&](const StepWeight& w) {
     if (w.cols == 0) return;
     if (w.bits) {
-      const QuantizedArgs q = quantized_args(a, w);
+      const QuantizedArgs q = quantized_args(w);
       bytes = most(bytes, most(quantized.pack_scratch(q), quantized.scratch(q)));
     } else {
       bytes = most(bytes, skinny.scratch(skinny_args(a, w), w.task_cols));
@@ -166,9 +166,9 @@ int64_t kernel_scratch(const DecodeStepArgs& a) {
 int64_t step_scratch(const DecodeStepArgs& a) { return StepScratch(a, nullptr).bytes + kernel_scratch(a); }
 
 // dst (n,) = columns [first, first + n) of a row of the product; whole vectors are written.
-void add_chunks(const DecodeStepArgs& a, const StepWeight& w, int64_t row, int64_t first, int64_t n, float* dst) {
+void add_chunks(const StepWeight& w, int64_t row, int64_t first, int64_t n, float* dst) {
   const float* src = w.product + row * w.product_row + first;
-  const int64_t chunk = a.rows * w.product_row;
+  const int64_t chunk = w.rows * w.product_row;
   for (int64_t i = 0; i < n; i += F::kLanes) {
     F sum = F::load(src + i);
     for (int64_t c = 1; c < w.chunks; ++c) sum = sum + F::load(src + c * chunk + i);
@@ -184,9 +184,9 @@ inline bool is_activated(const StepLayer& layer) {
 // dst (n,) = columns [first, first + n) of the hidden layer
 void gather_hidden(const DecodeStepArgs& a, const StepLayer& layer, int64_t row, int64_t first, int64_t n, float* dst,
                    float* gate) {
-  add_chunks(a, layer.up, row, first, n, dst);
+  add_chunks(layer.up, row, first, n, dst);
   if (layer.gate.cols) {
-    add_chunks(a, layer.gate, row, first, n, gate);
+    add_chunks(layer.gate, row, first, n, gate);
     for (int64_t i = 0; i < n; i += F::kLanes)
       (activate<float>(a.activation, F::load(gate + i)) * F::load(dst + i)).store(dst + i);
   } else if (!is_activated(layer)) {
@@ -198,7 +198,7 @@ void gather_hidden(const DecodeStepArgs& a, const StepLayer& layer, int64_t row,
 void pack_part(const DecodeStepArgs& a, const StepWeight& w, const StepScratch& s, int64_t row, int64_t first,
                int64_t n, const float* x) {
   if (w.bits) {
-    QuantizedArgs q = quantized_args(a, w);
+    QuantizedArgs q = quantized_args(w);
     q.x = x;
     q.words = s.words, q.starts = s.starts, q.x_scales = s.x_scales;
     quantized_kernels().pack_x(q, row, s.kernel);
@@ -258,19 +258,20 @@ void prepare_normed(const DecodeStepArgs& a, int64_t stage, const StepWeight& w,
   norm.rows = 1, norm.cols = d;
   norm.weight = {weight, DType::f32}, norm.bias = {bias, DType::f32};
   norm.eps = a.eps;
-  for (int64_t r = 0; r < a.rows; ++r) {
-    float *x = s.values, *y = s.normed + r * d;
+  for (int64_t i = 0; i < w.rows; ++i) {
+    const int64_t r = part == StepPart::head && a.logits_of ? a.logits_of[i] : i;
+    float *x = s.values, *y = s.normed + i * d;
     if (number == 0) {
       embed_row(a, a.row[r], x, y);
     } else {
-      add_chunks(a, part == StepPart::up ? a.layer[l].project : a.layer[l - 1].down, r, 0, d, x);
-      for (int64_t i = 0; i < d; ++i) x[i] += before[r * d + i];
+      add_chunks(part == StepPart::up ? a.layer[l].project : a.layer[l - 1].down, r, 0, d, x);
+      for (int64_t c = 0; c < d; ++c) x[c] += before[r * d + c];
     }
     if (keeps) memcpy(a.x[number % 2] + r * d, x, size_t(d) * sizeof(float));
     norm.x = {x, d, DType::f32};
     norm.y = y;
     (a.rms ? rms_norm_kernels : layer_norm_kernels)(DType::f32).fwd(norm, 0, 1, s.kernel);
-    pack_part(a, w, s, r, 0, d, y);
+    pack_part(a, w, s, i, 0, d, y);
   }
 }
 
@@ -312,10 +313,10 @@ void multiply(const DecodeStepArgs& a, const StepWeight& w, int64_t task, Activa
   const int64_t block = task % w.blocks, chunk = task / w.blocks;
   Epilogue e{};
   e.dtype = e.bias_dtype = DType::f32;
-  e.out = w.product + chunk * a.rows * w.product_row, e.out_row = w.product_row;
+  e.out = w.product + chunk * w.rows * w.product_row, e.out_row = w.product_row;
   e.activation = activation;
   if (w.bits) {
-    QuantizedArgs q = quantized_args(a, w);
+    QuantizedArgs q = quantized_args(w);
     q.words = s.words, q.starts = s.starts, q.x_scales = s.x_scales;
     q.epilogue = e, q.epilogue.bias = w.bias;
     q.next = next;
@@ -355,22 +356,38 @@ void stage_head(const DecodeStepArgs& a, const StepRow& row, const float* x, flo
   store_row(a.dtype, x, a.head_dim, dst);
 }
 
+// The key and the value of one head, rotated, in dtype.
+void stage_new(const DecodeStepArgs& a, const StepLayer& layer, const StepRow& row, int64_t hk, const StepScratch& s) {
+  const int64_t d = a.head_dim, size = element_size(a.dtype), r = &row - a.row;
+  const int64_t key = (a.heads + hk) * d, value = key + a.heads_kv * d;
+  char* staged = static_cast<char*>(s.staged);
+  add_chunks(layer.qkv, r, key, d, s.values);
+  stage_head(a, row, s.values, s.values + round_up(d, kSlack), staged + key * size);
+  add_chunks(layer.qkv, r, value, d, s.values);
+  store_row(a.dtype, s.values, d, staged + value * size);
+}
+
+void append(const DecodeStepArgs& a, const StepLayer& layer, const StepRow& row, const StepScratch& s) {
+  DecodeArgs args = attention_args(a, layer, row, s.staged);
+  DecodeSequence keys = row.keys;
+  keys.before = keys.total - 1;
+  args.sequences = &keys;
+  for (int64_t hk = 0; hk < a.heads_kv; ++hk) {
+    stage_new(a, layer, row, hk, s);
+    decode_kernels(cache_type(a.dtype)).append(args, hk, s.kernel);
+  }
+}
+
 void attend(const DecodeStepArgs& a, const StepLayer& layer, int64_t task, const StepScratch& s) {
   const StepRow& row = row_of_task(a, task);
   const int64_t r = &row - a.row, index = task - row.first_task, hk = index % a.heads_kv, share = index / a.heads_kv;
   const int64_t d = a.head_dim, group = a.heads / a.heads_kv, size = element_size(a.dtype);
   char* staged = static_cast<char*>(s.staged);
   float* rotated = s.values + round_up(group * d, kSlack);
-  add_chunks(a, layer.qkv, r, hk * group * d, group * d, s.values);
+  add_chunks(layer.qkv, r, hk * group * d, group * d, s.values);
   for (int64_t h = 0; h < group; ++h)
     stage_head(a, row, s.values + h * d, rotated, staged + (hk * group + h) * d * size);
-  if (share == row.keys.shares - 1) {  // which appends
-    const int64_t key = (a.heads + hk) * d, value = key + a.heads_kv * d;
-    add_chunks(a, layer.qkv, r, key, d, s.values);
-    stage_head(a, row, s.values, rotated, staged + key * size);
-    add_chunks(a, layer.qkv, r, value, d, s.values);
-    store_row(a.dtype, s.values, d, staged + value * size);
-  }
+  if (!a.appends && share == row.keys.shares - 1) stage_new(a, layer, row, hk, s);  // it is appended with its share
   const DecodeKernels& kernels = decode_kernels(cache_type(a.dtype));
   DecodeArgs args = attention_args(a, layer, row, staged);
   args.partial = a.partial + row.first_task * kernels.state(args);
@@ -392,12 +409,15 @@ Ahead memory_of(const DecodeStepArgs& a, int64_t stage, int64_t task) {
       return memory_of(a, layer.qkv, task);
     case StepPart::attend: {
       const StepRow& row = row_of_task(a, task);
-      const int64_t index = task - row.first_task, r = &row - a.row;
+      const int64_t index = task - row.first_task;
       const int64_t at = row.start + index / a.heads_kv * row.keys.share;
-      const int64_t outer = row.pages ? row.pages[at / a.page_size] : r, slot = row.pages ? at % a.page_size : at;
+      const int64_t outer = row.pages ? row.pages[at / a.page_size] : row.sequence,
+                    slot = row.pages ? at % a.page_size : at;
       return {layer.k + outer * a.cache_row + index % a.heads_kv * a.cache_head + slot * a.cache_token,
               a.head_dim * element_size(a.dtype), a.cache_token};
     }
+    case StepPart::append:
+      return {};
     case StepPart::project:
       return memory_of(a, layer.project, task);
     case StepPart::up:
@@ -413,10 +433,8 @@ void run_step(const DecodeStepArgs& a, int64_t stage, int64_t task, int64_t next
   const StepPart part = step_part(a, stage);
   const Ahead next = memory_of(a, next_stage, next_task);
   const StepLayer& layer = a.layer[part == StepPart::head ? 0 : stage / kStepParts];
-  if (part == StepPart::attend) {
-    attend(a, layer, task, s);
-    return;
-  }
+  if (part == StepPart::append) return append(a, layer, a.row[task], s);
+  if (part == StepPart::attend) return attend(a, layer, task, s);
   const bool gate = part == StepPart::up && task >= layer.up.tasks();
   const StepWeight& w = part == StepPart::head      ? a.head
                         : part == StepPart::qkv     ? layer.qkv

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kTileHeight = 16, kTileK = 32, kTileSize = 1024, kTilePanel = 32;
 
-// Rows of x come in groups of one tile or two, as even as they can be.
+// Rows of x come in groups of one tile or two, as even as they can be, and alike in that.
 struct RowGroup {
   int64_t first, upper, lower;
 };
@@ -18,30 +18,12 @@ inline int64_t row_groups(int64_t rows) { return (rows + 2 * kTileHeight - 1) / 
 
 inline RowGroup row_group(int64_t rows, int64_t group) {
   const int64_t groups = row_groups(rows), first = rows * group / groups, n = rows * (group + 1) / groups - first;
-  return {first, n > kTileHeight ? n - n / 2 : n, n > kTileHeight ? n / 2 : 0};
+  const int64_t lower = rows > groups * kTileHeight ? n / 2 : 0;
+  return {first, n - lower, lower};
 }
 
 // Whether vectors do what tiles would.
-inline bool is_one_row(const SkinnyArgs& a) {
-  return a.rows == 1 && a.depth > 0 &&
-         (a.transposed ? !is_in_parts(a) : a.depth % kTileK == 0 && a.weight_row == a.depth);
-}
-
-// How often 16 steps at a time begin anew before they begin with the first step of a row.
-inline int64_t one_row_phases(int64_t steps) {
-  int64_t phases = 1;
-  while (16 * phases % steps) ++phases;
-  return phases;
-}
-
-// The weight on the left: sums are (columns, rows), 0 and 2 of the upper rows.
-inline void configure_rows(const RowGroup& g) {
-  TileShapes s;
-  for (int half = 0; half < 2; ++half)
-    s.set(2 * half, 16, g.upper), s.set(2 * half + 1, 16, g.lower), s.set(4 + half, 16, 16);
-  s.set(6, 16, g.upper), s.set(7, 16, g.lower);
-  s.load();
-}
+inline bool is_one_row(const SkinnyArgs& a) { return a.rows == 1 && a.depth > 0 && a.transposed && !is_in_parts(a); }
 
 // sums (rows, 32 columns) += x (rows, 32 steps) times a panel, whose two tiles per step follow each other.
 template <bool kLower>
@@ -242,168 +224,135 @@ inline void transpose_words(const char* src, int64_t src_bytes, int64_t rows, ch
   for (int64_t r = 0; r < 16; ++r) _mm512_storeu_si512(dst + r * 64, a[r]);
 }
 
-// What tiles make of a single row of x and rows of the weight that lie side by side, up to subnormals, which they take
-// for zeros. 16 steps of the depth at a time, of one row and of the next, in the order of memory.
-inline void run_one_in_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
-  using V = Vec<float>;
-  constexpr int64_t kLanes = 16;
-  const int64_t steps = a.depth / kTileK, phases = one_row_phases(steps);
-  float* factors = static_cast<float*>(scratch);  // (phases, 16, 2, 16): x at even and at odd places of 16 steps
-  float *part = factors + phases * 512, *product = part + round_up(kTilePanel * steps, kLanes);
-  const uint16_t* x = static_cast<const uint16_t*>(a.packed);
-  for (int64_t i = 0; i < phases * 512; ++i) {
-    const int64_t lane = i % 16, odd = i / 16 % 2, pair = i / 32 % 16, step = (i / 512 * kLanes + lane) % steps;
-    factors[i] = from_bits(uint32_t(x[step * kTileK + 2 * pair + odd]) << 16);
-  }
-  const char* w = reinterpret_cast<const char*>(static_cast<const uint16_t*>(a.weight) + first * a.weight_row);
-  const char* end = w + cols * steps * 64;
-  const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
-  for (int64_t c = 0; c < cols; c += kTilePanel) {
-    const int64_t have = cols - c < kTilePanel ? cols - c : kTilePanel, blocks = have * steps;
-    for (int64_t i = 0; i < blocks; i += kLanes) {
-      const char *at = w + (c * steps + i) * 64, *later = at + kDistance;
-      if (later >= end && a.next.data) later = a.next.data + (later - end);
-      const int64_t n = blocks - i < kLanes ? blocks - i : kLanes;
-      __m512i pairs[16];
-#pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) {
-        fetch_to_l2(later + r * 64);
-        pairs[r] = r < n ? _mm512_loadu_si512(at + r * 64) : _mm512_setzero_si512();
-      }
-      transpose_words(pairs);
-      const float* f = factors + i / kLanes % phases * 512;
-      V even = V::zero(), odd = V::zero();
-#pragma GCC unroll 16
-      for (int p = 0; p < 16; ++p) {
-        even = fma(V{_mm512_castsi512_ps(_mm512_slli_epi32(pairs[p], 16))}, V::load(f + p * 32), even);
-        odd = fma(V{_mm512_castsi512_ps(_mm512_and_si512(pairs[p], upper))}, V::load(f + p * 32 + 16), odd);
-      }
-      (even + odd).store(part + i);
-    }
-    for (int64_t r = 0; r < kTilePanel; r += kLanes) {
-      const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                                _mm512_set1_epi32(int(steps)));
-      V sum = V::zero();
-      for (int64_t k = 0; k < steps; ++k) sum = sum + V{_mm512_i32gather_ps(places, part + r * steps + k, 4)};
-      sum.store(product + c + r);
-    }
-  }
-  finish_row(a.epilogue, 0, first, cols, product);
+// The weight on the left: sums are (16 rows of it, rows of x). With one tile of x, 0 to 5 are sums, 6 the weight and 7
+// x; with two, 0 and 2 are sums of the upper rows, 1 and 3 of the lower ones, 4 and 5 the weight, 6 and 7 x.
+inline void configure_rows(const RowGroup& g) {
+  TileShapes s;
+  for (int i = 0; i < 4; ++i) s.set(i, 16, i % 2 && g.lower ? g.lower : g.upper);
+  s.set(4, 16, g.lower ? 16 : g.upper), s.set(5, 16, g.lower ? 16 : g.upper);
+  s.set(6, 16, g.lower ? g.upper : 16), s.set(7, 16, g.lower ? g.lower : g.upper);
+  s.load();
 }
 
-// Copies 32 rows of the weight, or zeros where there are none, 64 bytes at a time and in the order of memory, to where
-// tiles come from the cache; fetches what is copied later.
-struct RowCopy {
-  const SkinnyArgs& a;
-  const uint16_t* task_end;  // of the task's rows
-  const uint16_t* src = nullptr;
-  char* dst = nullptr;
-  int64_t rows = 0, row = 0, step = 0;
-
-  static int64_t pitch(int64_t depth) { return (round_up(depth, kTileK) / kTileK | 1) * 64; }
-
-  void begin(const uint16_t* from, int64_t count, char* to) { src = from, rows = count, dst = to, row = step = 0; }
-
-  void copy(int64_t chunks) {
-    const int64_t steps = (a.depth + kTileK - 1) / kTileK;
-    const __mmask32 tail = a.depth % kTileK ? (1u << a.depth % kTileK) - 1 : ~0u;
-    while (chunks > 0 && row < 32) {
-      const int64_t n = steps - step < chunks ? steps - step : chunks;
-      const char* from = reinterpret_cast<const char*>(src + row * a.weight_row) + step * 64;
-      const char *later = from + kDistance, *end = reinterpret_cast<const char*>(task_end);
-      if (later >= end && a.next.data) later = a.next.data + (later - end);
-      char* to = dst + row * pitch(a.depth) + step * 64;
-      step += n, chunks -= n;
-      const bool is_end = step == steps;
-      for (int64_t i = 0; i < n - is_end; ++i) {
-        fetch_to_l2(later + i * 64);
-        _mm512_storeu_si512(to + i * 64, row < rows ? _mm512_loadu_si512(from + i * 64) : _mm512_setzero_si512());
-      }
-      if (is_end) {
-        const int64_t i = n - 1;
-        fetch_to_l2(later + i * 64);
-        _mm512_storeu_si512(to + i * 64, _mm512_maskz_loadu_epi16(row < rows ? tail : 0, from + i * 64));
-        step = 0, ++row;
-      }
+// sums (kTiles, 16, 16): of tiles of 16 rows of the weight, straight from memory, which comes fast from so many places
+template <int kTiles>
+void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_bytes, int64_t steps, float* sums) {
+  const int64_t tile = 16 * w_bytes;
+  _tile_zero(0);
+  if constexpr (kTiles == 6) {
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+  }
+  for (int64_t k = 0; k < steps; ++k, w += 64) {
+    _tile_loadd(7, x + k * 16 * x_bytes, x_bytes);
+    _tile_loadd(6, w, w_bytes);
+    _tile_dpbf16ps(0, 6, 7);
+    if constexpr (kTiles == 6) {
+      _tile_loadd(6, w + tile, w_bytes);
+      _tile_dpbf16ps(1, 6, 7);
+      _tile_loadd(6, w + 2 * tile, w_bytes);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(6, w + 3 * tile, w_bytes);
+      _tile_dpbf16ps(3, 6, 7);
+      _tile_loadd(6, w + 4 * tile, w_bytes);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_loadd(6, w + 5 * tile, w_bytes);
+      _tile_dpbf16ps(5, 6, 7);
     }
   }
-};
+  _tile_stored(0, sums, 64);
+  if constexpr (kTiles == 6) {
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 2 * 256, 64);
+    _tile_stored(3, sums + 3 * 256, 64);
+    _tile_stored(4, sums + 4 * 256, 64);
+    _tile_stored(5, sums + 5 * 256, 64);
+  }
+}
 
-// sums (32 columns of the result, 32): of 32 rows of the weight and a group of x, whose tiles x has, upper and lower in
-// turn.
-template <bool kLower>
-void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t steps, RowCopy* copy, float* sums) {
+// sums (kTiles, 2, 16, 16): the same with two tiles of x, which alternate
+template <int kTiles>
+void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t steps, float* sums) {
+  const int64_t tile = 16 * w_bytes;
   _tile_zero(0);
-  _tile_zero(2);
-  if constexpr (kLower) {
-    _tile_zero(1);
+  _tile_zero(1);
+  if constexpr (kTiles == 2) {
+    _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < steps; ++k) {
-    if (copy) copy->copy(32);
-    _tile_loadd(4, w + k * 64, w_bytes);
-    _tile_loadd(5, w + 16 * w_bytes + k * 64, w_bytes);
+  for (int64_t k = 0; k < steps; ++k, w += 64) {
     _tile_loadd(6, x + 2 * k * kTileSize, 64);
+    _tile_loadd(7, x + (2 * k + 1) * kTileSize, 64);
+    _tile_loadd(4, w, w_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kLower) {
-      _tile_loadd(7, x + (2 * k + 1) * kTileSize, 64);
-      _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTiles == 2) {
+      _tile_loadd(5, w + tile, w_bytes);
+      _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, 128);
-  _tile_stored(2, sums + 16 * 32, 128);
-  if constexpr (kLower) {
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(3, sums + 16 * 32 + 16, 128);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  if constexpr (kTiles == 2) {
+    _tile_stored(2, sums + 2 * 256, 64);
+    _tile_stored(3, sums + 3 * 256, 64);
   }
+}
+
+// How rows of a weight are laid out where tiles cannot take them from it: an odd number of cache lines apart.
+inline int64_t padded_row(const SkinnyArgs& a) { return (round_up(a.depth, kTileK) / kTileK | 1) * 64; }
+
+// dst (16, padded_row): rows of the weight, and zeros
+inline void pad_rows(const SkinnyArgs& a, const uint16_t* src, int64_t rows, char* dst) {
+  memset(dst, 0, size_t(16 * padded_row(a)));
+  for (int64_t r = 0; r < rows; ++r) memcpy(dst + r * padded_row(a), src + r * a.weight_row, size_t(a.depth) * 2);
 }
 
 inline void run_tile_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   const int64_t steps = (a.depth + kTileK - 1) / kTileK, groups = row_groups(a.rows), ld = round_up(cols, kTilePanel);
-  const int64_t pitch = RowCopy::pitch(a.depth);
+  const bool is_one = a.rows == 1;        // of which every tile is a column, and lies there already
   char* x = static_cast<char*>(scratch);  // (groups, steps, 2) tiles
-  char* copies[2] = {x + groups * steps * 2 * kTileSize, x + groups * steps * 2 * kTileSize + 32 * pitch};
-  float* sums = reinterpret_cast<float*>(copies[1] + 32 * pitch);
-  float *turned = sums + 32 * 32, *product = turned + 16 * 16;
-  for (int64_t i = 0; i < groups; ++i) {
+  char* padded = x + groups * steps * 2 * kTileSize;
+  float* sums = reinterpret_cast<float*>(padded + 16 * padded_row(a));
+  float *turned = sums + 6 * 256, *product = turned + 256;
+  for (int64_t i = 0; i < groups && !is_one; ++i) {
     const RowGroup g = row_group(a.rows, i);
     const char* upper = static_cast<const char*>(a.packed) + g.first * a.packed_row * 2;
     const char* lower = upper + g.upper * a.packed_row * 2;
+    char* tiles = x + i * steps * 2 * kTileSize;
     for (int64_t k = 0; k < steps; ++k) {
-      char* tiles = x + (i * steps + k) * 2 * kTileSize;
       transpose_words(upper + k * 64, a.packed_row * 2, g.upper, tiles);
       if (g.lower) transpose_words(lower + k * 64, a.packed_row * 2, g.lower, tiles + kTileSize);
+      tiles += g.lower ? 2 * kTileSize : kTileSize;
     }
   }
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first * a.weight_row;
-  RowCopy copy{a, weight + cols * a.weight_row};
-  const auto begin = [&](int64_t c) {
-    copy.begin(weight + c * a.weight_row, cols - c < kTilePanel ? cols - c : kTilePanel, copies[c / kTilePanel % 2]);
-  };
-  begin(0);
-  copy.copy(32 * steps);
-  for (int64_t c = 0; c < cols; c += kTilePanel) {
-    const char* w = copies[c / kTilePanel % 2];
-    const bool more = c + kTilePanel < cols;
-    if (more) begin(c + kTilePanel);
+  const int64_t most = row_group(a.rows, 0).lower ? 2 : 6;
+  for (int64_t c = 0, tiles; c < cols; c += 16 * tiles) {
+    const bool is_whole = a.depth % kTileK == 0 && c + 16 <= cols;
+    tiles = is_whole && c + 16 * most <= cols ? most : 1;
+    const char* w = reinterpret_cast<const char*>(weight + c * a.weight_row);
+    if (!is_whole) pad_rows(a, weight + c * a.weight_row, cols - c < 16 ? cols - c : 16, padded), w = padded;
+    const int64_t w_bytes = is_whole ? a.weight_row * 2 : padded_row(a);
     for (int64_t i = 0; i < groups; ++i) {
       const RowGroup g = row_group(a.rows, i);
       if (groups > 1 || c == 0) configure_rows(g);
-      const char* tiles = x + i * steps * 2 * kTileSize;
-      RowCopy* meanwhile = more && i == 0 ? &copy : nullptr;
+      const char* own = is_one ? static_cast<const char*>(a.packed) : x + i * steps * 2 * kTileSize;
       if (g.lower)
-        multiply_rows<true>(w, pitch, tiles, steps, meanwhile, sums);
+        (tiles > 1 ? multiply_rows_twice<2> : multiply_rows_twice<1>)(w, w_bytes, own, steps, sums);
       else
-        multiply_rows<false>(w, pitch, tiles, steps, meanwhile, sums);
-      for (int64_t part = 0; part < 4; ++part) {
-        const int64_t count = part % 2 ? g.lower : g.upper, row = g.first + (part % 2 ? g.upper : 0);
-        if (count == 0) continue;
-        transpose_words(reinterpret_cast<const char*>(sums + part / 2 * 16 * 32 + part % 2 * 16), 128, 16,
-                        reinterpret_cast<char*>(turned));
-        for (int64_t r = 0; r < count; ++r)
-          _mm512_storeu_ps(product + (row + r) * ld + c + part / 2 * 16, _mm512_loadu_ps(turned + r * 16));
+        (tiles > 1 ? multiply_rows<6> : multiply_rows<1>)(w, w_bytes, own, is_one ? 4 : 64, steps, sums);
+      const int64_t halves = g.lower ? 2 : 1;
+      for (int64_t part = 0; part < tiles * halves; ++part) {
+        const bool is_lower = part % halves;
+        float* to = product + (g.first + (is_lower ? g.upper : 0)) * ld + c + part / halves * 16;
+        transpose_words(reinterpret_cast<const char*>(sums + part * 256), 64, 16, reinterpret_cast<char*>(turned));
+        for (int64_t r = 0; r < (is_lower ? g.lower : g.upper); ++r)
+          _mm512_storeu_ps(to + r * ld, _mm512_loadu_ps(turned + r * 16));
       }
     }
   }
@@ -413,18 +362,14 @@ inline void run_tile_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void
 
 inline int64_t tiles_scratch(const SkinnyArgs& a, int64_t cols) {
   const int64_t ld = round_up(cols, kTilePanel), steps = (a.depth + kTileK - 1) / kTileK;
-  if (is_one_row(a) && a.transposed) return 3 * ld * 4 + 64;
-  if (is_one_row(a)) return (one_row_phases(steps) * 512 + kTilePanel * steps + 16 + ld) * 4;
+  if (is_one_row(a)) return 3 * ld * 4 + 64;
   if (a.transposed) return (a.rows * ld + 32 * 32) * 4 + panel_depth(a) * kTilePanel * 2;
-  return row_groups(a.rows) * steps * 2 * kTileSize + 64 * RowCopy::pitch(a.depth) +
-         (32 * 32 + 16 * 16 + a.rows * ld) * 4;
+  return row_groups(a.rows) * steps * 2 * kTileSize + 16 * padded_row(a) + (7 * 256 + a.rows * ld) * 4;
 }
 
 inline void run_tiles(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
-  if (is_one_row(a))
-    a.transposed ? run_one_row(a, first, cols, scratch) : run_one_in_rows(a, first, cols, scratch);
-  else
-    a.transposed ? run_tile_columns(a, first, cols, scratch) : run_tile_rows(a, first, cols, scratch);
+  if (!a.transposed) return run_tile_rows(a, first, cols, scratch);
+  is_one_row(a) ? run_one_row(a, first, cols, scratch) : run_tile_columns(a, first, cols, scratch);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..ops.attention import attention
+
 
 class KVCache:
     """The keys and values of every layer.
@@ -33,6 +35,26 @@ class KVCache:
     def values(self, layer: int) -> torch.Tensor:
         """Like `keys`."""
         return self._buffers[layer][1]
+
+    def allocate(self, starts: torch.Tensor, h: int, d: int, length: int, like: torch.Tensor) -> None:
+        """Makes room for `length` tokens of sequences that have none yet, to be written in place.
+
+        starts: (b,) int64  places of padding before each, which hold zeros: nobody sees them, but 0 * NaN is NaN
+        """
+        self.capacity = max(self.capacity, length)
+        for layer in range(len(self._buffers)):
+            buffer = like.new_empty(2, starts.numel(), h, self.capacity, d)
+            for row, start in enumerate(starts.tolist()):
+                buffer[:, row, :, :start] = 0
+            self._buffers[layer] = buffer
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        """Writes k, v as `update` does; then the attention (b, s, h, d) of q, which sees them and all before.
+
+        options: those of `attention`
+        """
+        keys, values = self.update(layer, k, v)
+        return attention(q, keys, values, causal=True, **options)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes k, v (b, s, h, d) behind the tokens of one layer and returns all of them, (b, length + s, h, d).
@@ -118,3 +140,38 @@ class KVCache:
                 if into.numel() > 0:
                     tokens.index_copy_(1, into, tokens.index_select(1, source))
                 self._buffers[layer] = buffer[:, : rows.numel()]
+
+
+class RowCache(KVCache):
+    """One sequence of a cache, from slot `start` on, as a pass over its prompt sees it."""
+
+    def __init__(self, cache: KVCache, row: int, start: int):
+        self.cache, self.row, self.start, self.length = cache, row, start, 0
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        begin, end = self.start + self.length, self.start + self.length + k.shape[1]
+        buffer = self.cache.buffers[layer][:, self.row]  # (2, h, capacity, d)
+        buffer[0, :, begin:end], buffer[1, :, begin:end] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        if self.length == 0:
+            return k, v
+        keys, values = buffer[:, None, :, self.start : end].transpose(2, 3)  # (1, length + s, h, d) each
+        return keys, values
+
+
+class PackedCache(KVCache):
+    """The caches of several sequences as a pass over new tokens of all of them, one after the other, sees them.
+
+    counts: new tokens of each
+    Each attends by itself, and so gets the bits that it gets alone.
+    """
+
+    def __init__(self, caches: list[KVCache], counts: list[int]):
+        self.caches, self.counts, self.length = caches, counts, 0
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        parts = zip(self.caches, *(x.split(self.counts, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([cache.attend(layer, *part, **options) for cache, *part in parts], 1)
+
+    def advance(self, s: int) -> None:
+        for cache, count in zip(self.caches, self.counts, strict=True):
+            cache.advance(count)

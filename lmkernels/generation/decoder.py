@@ -2,8 +2,8 @@
 
 import torch
 
-from .cache import KVCache
-from .fused import fused_decoder
+from .cache import KVCache, PackedCache, RowCache
+from .fused import FusedDecoder, fused_decoder
 
 
 class Decoder:
@@ -33,10 +33,12 @@ class Decoder:
         Only what the cache lacks is computed.
         """
         past, end = self.cache.length if self.cache is not None else 0, ids.shape[1]
-        if self.fused is not None and past == end - 1 > 0 and ids.shape[0] <= self.fused.most_rows:
-            if self.fused.unsupported(self.cache) is None:
-                return self.fused.step(ids[:, past], self.cache, self.starts)[:, None]
+        if self.fused is not None and self.fused.unsupported(self.cache) is not None:
             self.fused = None
+        if self.fused is not None and self.fused.takes(ids[:, past:], past):
+            return self.fused.step(ids[:, past:], self.cache, self.starts, count)
+        if isinstance(self.fused, FusedDecoder) and past == 0 and count == 1 and self.mask is not None:
+            return self.logits_without_padding(ids)
         return self.model(
             ids[:, past:],
             past_key_values=self.cache,
@@ -45,6 +47,23 @@ class Decoder:
             use_cache=self.cache is not None,
             logits_to_keep=count,
         ).logits.float()
+
+    def logits_without_padding(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits (b, 1, vocab) after prompts of several lengths, which are read side by side."""
+        b, s = ids.shape
+        model, counts = self.fused.model, (s - self.starts).tolist()
+        self.cache.allocate(self.starts, model.heads_kv, model.head_dim, s, model.norm)
+        rows = [RowCache(self.cache, row, s - n) for row, n in enumerate(counts)]
+        real = self.mask[:, :s]
+        logits = self.model(
+            ids[real][None],
+            past_key_values=PackedCache(rows, counts),
+            position_ids=self.positions[:, :s][real][None],
+            use_cache=True,
+            logits_to_keep=torch.tensor(counts).cumsum(0) - 1,
+        ).logits.float()
+        self.cache.advance(s)
+        return logits.view(b, 1, -1)
 
     def repeat(self, n: int) -> None:
         """Every row n times, side by side."""

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ..ops.decode_step import decode_step
+from .cache import PackedCache
 from .config import Settings, settings_for
-from .fused import MOST_ROWS, unsupported
+from .fused import FEW_TOKENS, MOST_ROWS, unsupported
 from .graphed import step_by_ops
 from .loop import as_list, plan_for
 from .pages import Pages, SequenceCache
 from .plan import Plan, process
 from .search import next_tokens
 from .stopping import EndToken
-
-# A pass over so many tokens or fewer sums in another order than longer ones, see `linear`.
-FEW_TOKENS = 16
 
 
 class QueueFull(RuntimeError):
@@ -47,7 +45,8 @@ class Request:
         self.ends_by_token = all(isinstance(criterion, EndToken) for criterion in plan.criteria)
         self.ids = plan.ids.new_zeros(1, plan.total)  # prompt and new tokens
         self.ids[:, : plan.prompt] = plan.ids
-        # a prompt that is read in a pass of a few rows gets other bits than as the begin of a longer one
+        self.is_short = plan.prompt <= FEW_TOKENS and engine.model.device.type == "cpu"
+        # a prompt that a step reads gets other bits than as the begin of a longer one
         self.names = engine.pages.names(self.prompt) if plan.prompt > FEW_TOKENS else []
         self.pages: list[int] = []
         self.table: torch.Tensor | None = None  # of the pages, (most pages of a sequence,)
@@ -57,6 +56,11 @@ class Request:
     def length(self) -> int:
         """Tokens of prompt and text."""
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def unread(self) -> int:
+        """Tokens whose keys and values are not in the pages: of the prompt, then the newest one."""
+        return 1 if self.tokens else len(self.prompt) - self.read
 
     @property
     def done(self) -> bool:
@@ -89,11 +93,12 @@ class Engine:
     for token in request: ...
 
     model         a GPT2LMHeadModel without hooks or replaced modules; it must not change while the engine lives
-    max_rows      requests that are written at once; more than 64 are computed in groups of up to 64
+    max_rows      requests that are written at once; a step computes up to 64 tokens together, and more in groups
     memory        bytes for keys and values; or `pages`, their number; default: max_rows sequences of full length
     page_size     tokens of a page
     max_queue     requests that may wait; another is refused with QueueFull
-    chunk         tokens of prompts that are read per step, or a few more: what the running requests wait for at most
+    chunk         tokens of prompts that are read per step, or a few more: what the running requests wait for at most.
+                  As many prompts as it holds are read together; short ones with the tokens that are written
 
     Requests are served in their order. One is begun when the pages for all that it may write are free, so that none
     ever runs out of them. Prompts that begin alike share the pages that they fill, those of requests that are done too
@@ -142,7 +147,7 @@ class Engine:
         self.pages = Pages(pages, page_size)
         self.buffers = [norm.new_empty(2, pages, *shape) for _ in range(layers)]
         self.waiting: deque[Request] = deque()
-        self.reading: Request | None = None  # the one whose prompt is being read
+        self.reading: list[Request] = []  # whose prompts are being read
         self.running: list[Request] = []
         self._lock, self._queue_lock = threading.Lock(), threading.Lock()
 
@@ -219,10 +224,14 @@ class Engine:
         """
         with self._lock:
             changed = self._drop_cancelled()
-            running = list(self.running)
-            changed += self._read_prompts()
-            for first in range(0, len(running), MOST_ROWS):
-                changed += self._write_tokens(running[first : first + MOST_ROWS])
+            running, budget, short = list(self.running), self.chunk, []
+            while budget > 0 and (parts := self._parts(budget, short)):
+                budget -= sum(count for _, count in parts)
+                short += [request for request, _ in parts if request.is_short]
+                if long := [part for part in parts if not part[0].is_short]:
+                    changed += self._read(long)
+            for group in groups(running + short):
+                changed += self._write_tokens(group)
             return list(dict.fromkeys(changed))
 
     def _drop_cancelled(self) -> list[Request]:
@@ -230,8 +239,7 @@ class Engine:
             dropped = [request for request in self.waiting if request.cancelled]
             if dropped:
                 self.waiting = deque(request for request in self.waiting if not request.cancelled)
-        active = [*self.running, *([] if self.reading is None else [self.reading])]
-        dropped += [request for request in active if request.cancelled]
+        dropped += [request for request in self.running + self.reading if request.cancelled]
         for request in dropped:
             self._end(request, "cancelled")
         return dropped
@@ -239,45 +247,39 @@ class Engine:
     def _end(self, request: Request, reason: str, error: Exception | None = None) -> None:
         if request.done:
             return
-        if self.reading is request:
-            self.reading = None
-        elif request in self.running:
-            self.running.remove(request)
+        for active in (self.reading, self.running):
+            if request in active:
+                active.remove(request)
         self.pages.give_back(request.pages)
         request.pages = []
         request.error, request.finish_reason = error, reason
 
-    def _read_prompts(self) -> list[Request]:
-        budget, changed = self.chunk, []
-        while budget > 0 and (request := self._next_to_read()) is not None:
-            left = len(request.prompt) - request.read
-            count = min(left, budget)
-            # a row has the same bits in every pass of more than FEW_TOKENS rows, so a longer prompt has no other passes
-            if left - count <= FEW_TOKENS:
-                count = left
+    def _parts(self, budget: int, short: list[Request]) -> list[tuple[Request, int]]:
+        """Prompts to be read together, each with a number of its tokens; those in `short` have their turn already."""
+        parts, names = [], set()
+        begun = [request for request in self.reading if request not in short]
+        while budget > 0 and len(parts) < FEW_TOKENS:  # logits of more rows would be summed in another order
+            request = begun.pop(0) if begun else self._begin(names)
+            if request is None:
+                break
+            count = min(request.unread, budget)
+            # a row has the same bits in every pass of more than FEW_TOKENS rows, so a longer prompt has no other parts
+            if request.unread - count <= FEW_TOKENS:
+                count = request.unread
             elif count <= FEW_TOKENS:
                 break
+            parts.append((request, count))
+            names.update(request.names[:1])
             budget -= count
-            try:
-                logits = self._read(request, count)
-            except Exception as error:
-                self._end(request, "error", error)
-                changed.append(request)
-                continue
-            if count == left:
-                self._choose([request], logits)
-                if not request.done:
-                    self.reading = None
-                    self.running.append(request)
-                changed.append(request)
-            request.read += count  # last, so that an interrupted pass is run again
-        return changed
+        return parts
 
-    def _next_to_read(self) -> Request | None:
-        """The first in the queue that has not been read, once there is room for it."""
-        if self.reading is not None or not self.waiting or len(self.running) == self.max_rows:
-            return self.reading
+    def _begin(self, names: set[bytes]) -> Request | None:
+        """The first in the queue, once there is room for it. One of these names waits for the pages to share."""
+        if not self.waiting or len(self.running) + len(self.reading) == self.max_rows:
+            return None
         request = self.waiting[0]
+        if not names.isdisjoint(request.names[:1]):
+            return None
         # what is left to read gives the logits, and must be too long for a pass of a few rows
         most = max(0, len(request.prompt) - FEW_TOKENS - 1) // self.pages.size
         shared = self.pages.find(request.names[:most])
@@ -290,29 +292,54 @@ class Engine:
         request.table = torch.zeros(self.longest, dtype=torch.int32)
         request.table[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
         request.table = request.table.to(self.model.device)
-        self.reading = request
+        self.reading.append(request)
         return request
 
-    def _read(self, request: Request, count: int) -> torch.Tensor:
-        """The logits (1, vocab) after `count` tokens more of the prompt."""
-        begin, end = request.read, request.read + count
-        cache = SequenceCache(self.buffers, request.table[: len(request.pages)].long(), begin)
-        out = self.model(request.ids[:, begin:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        for page in range(begin // self.pages.size, min(end // self.pages.size, len(request.names))):
-            self.pages.hold(request.pages[page], request.names[page])
-        return out.logits[:, -1].float()
+    def _read(self, parts: list[tuple[Request, int]]) -> list[Request]:
+        """Reads parts of prompts in one pass, layer by layer, and writes the first tokens of those that end."""
+        counts = [count for _, count in parts]
+        spans = [(request, request.read, request.read + count) for request, count in parts]
+        caches = [SequenceCache(self.buffers, r.table[: len(r.pages)].long(), begin) for r, begin, _ in spans]
+        device = self.model.device
+        try:
+            out = self.model(
+                torch.cat([request.ids[:, begin:end] for request, begin, end in spans], 1),
+                past_key_values=PackedCache(caches, counts),
+                position_ids=torch.cat([torch.arange(begin, end, device=device) for _, begin, end in spans])[None],
+                use_cache=True,
+                logits_to_keep=torch.tensor(counts, device=device).cumsum(0) - 1,
+            )
+        except Exception as error:
+            for request, _ in parts:
+                self._end(request, "error", error)
+            return [request for request, _ in parts]
+        for request, begin, end in spans:
+            for page in range(begin // self.pages.size, min(end // self.pages.size, len(request.names))):
+                self.pages.hold(request.pages[page], request.names[page])
+        ends = [i for i, (request, _, end) in enumerate(spans) if end == len(request.prompt)]
+        if ends:
+            self._choose([parts[i][0] for i in ends], out.logits[0, ends].float())
+        for request, _, end in spans:
+            request.read = end  # last, so that an interrupted pass is run again
+        return [parts[i][0] for i in ends]
 
     def _write_tokens(self, requests: list[Request]) -> list[Request]:
-        tokens = torch.cat([request.ids[:, request.length - 1] for request in requests])
-        lengths = torch.tensor([request.length - 1 for request in requests], device=tokens.device)
+        counts = [request.unread for request in requests]
+        tokens = torch.cat([r.ids[0, r.length - count : r.length] for r, count in zip(requests, counts, strict=True)])
+        places = [place for r, n in zip(requests, counts, strict=True) for place in range(r.length - n, r.length)]
+        lengths = torch.tensor(places, device=tokens.device)
         tables = torch.stack([request.table for request in requests])
-        starts = torch.zeros_like(lengths)
+        starts, several = torch.zeros_like(lengths), {}
+        if len(tokens) > len(requests):
+            of_requests = torch.tensor(counts)
+            several["sequences"] = torch.arange(len(requests)).repeat_interleave(of_requests)
+            several["logits_of"] = of_requests.cumsum(0) - 1
         try:
             if tokens.is_cuda:
                 logits = step_by_ops(tokens, lengths, self.buffers, self.step_model, block_table=tables)
             else:
                 logits = decode_step(
-                    tokens, lengths, starts, lengths, self.buffers, self.step_model, block_table=tables
+                    tokens, lengths, starts, lengths, self.buffers, self.step_model, block_table=tables, **several
                 )
         except Exception as error:
             for request in requests:
@@ -344,9 +371,25 @@ class Engine:
         ended = token in plan.ends if request.ends_by_token else bool(plan.finished(request.ids[:, : length + 1]))
         if request.top is not None:
             request.logprobs.append(log_probabilities(logits[0], token, request.top))
+        if request in self.reading:
+            self.reading.remove(request)
+            self.running.append(request)
         request.tokens.append(token)
         if ended or length + 1 == plan.total:
             self._end(request, "stop" if ended else "length")
+
+
+def groups(requests: list[Request]) -> Iterator[list[Request]]:
+    """The requests in their order, as many together as a step takes."""
+    group, rows = [], 0
+    for request in requests:
+        if rows + request.unread > MOST_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(request)
+        rows += request.unread
+    if group:
+        yield group
 
 
 def check_settings(s: Settings) -> None:

@@ -1,4 +1,4 @@
-"""Decoding with all of the model in one call per token."""
+"""Decoding with all of the model in one call per step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from ..ops.decode_step import StepModel, native
 from .cache import KVCache
 from .graphed import GraphedDecoder
 
-# Of a step; more are computed layer by layer.
+# Tokens of a step; more are computed layer by layer.
 MOST_ROWS = 64
+# A prompt of so many tokens is read by a step, beside whatever else is in it. Longer ones are read layer by layer, in
+# passes over more tokens than these: `linear` sums over fewer in another order.
+FEW_TOKENS = 16
 
 
 def unsupported(model: nn.Module) -> str | None:
@@ -33,27 +36,41 @@ def unsupported(model: nn.Module) -> str | None:
 class FusedDecoder:
     """The steps of a model by `decode_step`: matrices are read where the model has them, norms and biases copied."""
 
-    most_rows = MOST_ROWS
     aligned = False  # sequences lie in the cache with their padding
 
     def __init__(self, model: StepModel):
         self.model = model
 
     def unsupported(self, cache: KVCache) -> str | None:
-        """Why a step on this cache, which holds a prompt, cannot run here."""
-        return native.unsupported(self.model, cache.buffers)
+        """Why a step on this cache cannot run here."""
+        return native.unsupported(self.model, cache.buffers if cache.length else [self.model.norm])
 
-    def step(self, ids: torch.Tensor, cache: KVCache, starts: torch.Tensor) -> torch.Tensor:
-        """The float32 logits (b, vocab) after one token more of each row; the cache grows by its keys and values.
+    def takes(self, ids: torch.Tensor, past: int) -> bool:
+        """Whether a step takes new tokens (b, s) after `past` others."""
+        return ids.numel() <= MOST_ROWS and (past > 0 or ids.shape[1] <= FEW_TOKENS)
 
-        ids: (b,)     the tokens
-        starts: (b,)  int64, places of padding before each row
+    def step(self, ids: torch.Tensor, cache: KVCache, starts: torch.Tensor, count: int = 1) -> torch.Tensor:
+        """The float32 logits (b, count, vocab) after the last `count` new tokens; the cache grows by keys and values.
+
+        ids: (b, s)   the new tokens
+        starts: (b,)  int64, places of padding before each row, which are no tokens
         """
-        cache.reserve(cache.length + 1)
-        lengths = torch.full_like(starts, cache.length)
-        logits = native.forward(ids, lengths - starts, starts, lengths, cache.buffers, self.model)
-        cache.advance(1)
-        return logits
+        (b, s), past = ids.shape, cache.length
+        if past == 0:
+            cache.allocate(starts, self.model.heads_kv, self.model.head_dim, s, self.model.norm)
+        cache.reserve(past + s)
+        if s == 1:
+            lengths, own = torch.full_like(starts, past), {}
+        else:
+            slots = torch.arange(past, past + s).expand(b, s)
+            real = slots >= starts[:, None]
+            last = torch.arange(b * s).view(b, s)[:, s - count :].flatten()
+            sequences, lengths, ids = real.nonzero()[:, 0], slots[real], ids[real]
+            starts = starts[sequences]
+            own = {"sequences": sequences, "logits_of": real.flatten().cumsum(0)[last] - 1}
+        logits = native.forward(ids.flatten(), lengths - starts, starts, lengths, cache.buffers, self.model, **own)
+        cache.advance(s)
+        return logits.view(b, count, -1)
 
 
 def fused_decoder(model: nn.Module) -> FusedDecoder | GraphedDecoder | None:

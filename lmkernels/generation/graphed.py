@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -92,8 +91,6 @@ class GraphedDecoder:
     for them, which nobody reads: fewer rows would take as long, and a new graph longer.
     """
 
-    most_rows = math.inf
-
     def __init__(self, model: StepModel, record: Callable = CudaGraph):
         self.model, self.record = model, record
         self.graph, self.buffers = None, []
@@ -109,8 +106,13 @@ class GraphedDecoder:
             return "quantised weights have kernels on the CPU only"
         return None
 
-    def step(self, ids: torch.Tensor, cache: KVCache, starts: torch.Tensor) -> torch.Tensor:
-        """The float32 logits (b, vocab) after one token more of each row; as `FusedDecoder.step`."""
+    def takes(self, ids: torch.Tensor, past: int) -> bool:
+        """Whether a step takes new tokens (b, s) after `past` others: one of each row."""
+        return past > 0 and ids.shape[1] == 1
+
+    def step(self, ids: torch.Tensor, cache: KVCache, starts: torch.Tensor, count: int = 1) -> torch.Tensor:
+        """The float32 logits (b, 1, vocab) after one token more of each row, ids (b, 1); as `FusedDecoder.step`."""
+        ids = ids[:, 0]
         if self.first is None:
             # one sequence stays where it is, as the layers may add several tokens at once to it
             self.first = int(starts.min())
@@ -124,4 +126,4 @@ class GraphedDecoder:
         self.tokens[:rows], self.lengths[:rows] = ids, lengths
         logits = self.graph.replay()[:rows].clone()
         cache.advance(1)
-        return logits
+        return logits[:, None]

@@ -239,10 +239,11 @@ class GPT2Attention(nn.Module):
 
     def forward(self, x, residual, mask, cache, rotation):
         q, k, v = self.heads(x, rotation)  # (b, s, h or h_kv, d)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (b, s_k, h_kv, d) each
-        dropout_p = self.attn_pdrop if self.training else 0.0
-        out = attention(q, k, v, causal=True, scale=self.scale, mask=mask, dropout_p=dropout_p)  # (b, s, h, d)
+        options = {"scale": self.scale, "mask": mask, "dropout_p": self.attn_pdrop if self.training else 0.0}
+        if cache is None:
+            out = attention(q, k, v, causal=True, **options)  # (b, s, h, d)
+        else:
+            out = cache.attend(self.layer, q, k, v, **options)
         out = out.flatten(2)  # (b, s, h d)
         if self.training and self.resid_dropout.p > 0:
             return residual + self.resid_dropout(project(self.c_proj, out))
@@ -396,7 +397,7 @@ class GPT2LMHeadModel(PretrainedModel):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         return_dict: bool | None = None,
@@ -410,7 +411,7 @@ class GPT2LMHeadModel(PretrainedModel):
         position_ids: (b, s)     default: the tokens' places, cached ones counted
         labels: (b, s)           usually input_ids itself: they are shifted here; -100 is ignored
         use_cache                default: config.use_cache, but no cache while gradients are recorded
-        logits_to_keep           only the last so many positions, 0 = all
+        logits_to_keep           only the last so many positions, 0 = all; or a tensor of positions
         num_items_in_batch       divides the summed loss, instead of the count of labels in this batch
         inputs_embeds: (b, s, d_model)  in the place of input_ids, for tokens without a row of the table
         return_dict              False: a tuple, without what is None
@@ -424,7 +425,8 @@ class GPT2LMHeadModel(PretrainedModel):
         loss = None if labels is None else causal_lm_loss(x, self.lm_head.weight, labels, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
-            logits = linear(x[:, -logits_to_keep:], self.lm_head.weight)  # (b, s, vocab)
+            kept = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else slice(-logits_to_keep, None)
+            logits = linear(x[:, kept], self.lm_head.weight)  # (b, s, vocab)
         out = CausalLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
         return out.to_tuple() if return_dict is False else out
 
@@ -441,7 +443,7 @@ class GPT2LMHeadModel(PretrainedModel):
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if labels is not None and labels.shape != shape:
             raise ValueError(f"labels must be {tuple(shape)} like the tokens, got {tuple(labels.shape)}")
-        if labels is not None and logits_to_keep:
+        if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
             raise ValueError(f"logits_to_keep must be 0 when labels are given, got {logits_to_keep}")
         if cache is not None and not isinstance(cache, KVCache):
             raise TypeError(f"past_key_values must be a KVCache, got {type(cache).__name__}")

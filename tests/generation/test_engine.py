@@ -126,6 +126,25 @@ def test_a_prompt_of_a_few_tokens_lends_no_pages(long_model):
     assert after.logprobs == alone.logprobs
 
 
+def test_prompts_are_read_together(long_model, monkeypatch):
+    """Long ones in a pass of theirs, up to where they begin alike; short ones with the tokens that are written."""
+    engine_, passes, steps, step = Engine(long_model, max_rows=16, page_size=8), [], [], engine.decode_step
+    forward = long_model.forward
+    monkeypatch.setattr(long_model, "forward", lambda ids, **o: (passes.append(ids.shape[1]), forward(ids, **o))[1])
+    monkeypatch.setattr(engine, "decode_step", lambda ids, *a, **o: (steps.append(ids.numel()), step(ids, *a, **o))[1])
+    settings = {"max_new_tokens": 5, "eos_token_id": []}
+    requests = [engine_.add([1, 2], **settings)]
+    engine_.step()
+    requests += [engine_.add([i] * n, **settings) for i, n in ((3, 20), (4, 16), (5, 33), (6, 1), (3, 31), (7, 17))]
+    engine_.step()
+    assert passes == [20 + 33, 31 - 8 + 17], "a page of the first is shared"
+    assert steps == [2, 1 + 16 + 1]
+    run(engine_)
+    for request in requests:
+        assert request.tokens == new_tokens(long_model, request.prompt, **settings)
+    assert all_free(engine_)
+
+
 def test_tokens_come_as_they_are_written(long_model):
     engine = Engine(long_model)
     first = engine.add([1, 2, 3], max_new_tokens=9, eos_token_id=[])
@@ -229,10 +248,10 @@ def test_a_cancelled_request_frees_its_pages_wherever_it_stands(long_model):
     engine.step()
     running.cancel()
     engine.step()
-    assert engine.reading is reading
+    assert engine.reading == [reading]
     for request in (reading, waiting, waiting):
         request.cancel()
-    assert not engine.waiting and engine.reading is None
+    assert not engine.waiting and not engine.reading
     assert engine.pages.count - engine.pages.free == len(kept.pages)
     count = len(running.tokens)
     run(engine)
@@ -287,9 +306,10 @@ def test_a_failing_pass_or_step_leaves_no_pages_taken(long_model, monkeypatch):
     first = running.add([1], max_new_tokens=3, eos_token_id=[])
     running.step()
     monkeypatch.setattr(engine, "decode_step", fail)
-    monkeypatch.setattr(reading, "_read", fail)
-    second = reading.add([1], max_new_tokens=3)
-    for request in (first, second):
+    monkeypatch.setattr(reading.model, "forward", fail)
+    requests = [first, running.add([2], max_new_tokens=3)]
+    requests += [reading.add([i] * 30, max_new_tokens=3) for i in range(2)]
+    for request in requests:
         with pytest.raises(MemoryError):
             list(request)
     assert all_free(running) and all_free(reading)

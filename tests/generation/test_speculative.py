@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from lmkernels.generation.decoder import Decoder
 from lmkernels.generation.speculative import PromptLookup
 from lmkernels.models import GPT2LMHeadModel
 
@@ -20,13 +21,14 @@ def draft() -> GPT2LMHeadModel:
 
 def passes_of(monkeypatch, model) -> list[int]:
     """A list that gets the number of tokens of every pass through `model`."""
-    passes, forward = [], model.forward
+    passes, logits = [], Decoder.logits
 
-    def counting(input_ids, *args, **kwargs):
-        passes.append(input_ids.shape[1])
-        return forward(input_ids, *args, **kwargs)
+    def counting(self, ids, *arguments):
+        if self.model is model:
+            passes.append(ids.shape[1] - self.cache.length)
+        return logits(self, ids, *arguments)
 
-    monkeypatch.setattr(model, "forward", counting)
+    monkeypatch.setattr(Decoder, "logits", counting)
     return passes
 
 

@@ -196,6 +196,53 @@ def test_pages_do_not_change_the_bits(name, dtype, size, backend):
             torch.testing.assert_close(page, wanted.nan_to_num(0.0))
 
 
+SEVERAL = ["7 rows, padded", "many keys, in shares", "deep enough for chunks", "as Llama", "int8", "int4"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_tokens_of_a_sequence_at_once_have_the_bits_of_one_by_one(name, dtype, in_pages, backend):
+    """Three more of every second sequence, one of the others, in any order of sequences; then those of some rows."""
+    arguments = CASE[name].make(dtype)
+    b = arguments["token_ids"].numel()
+    if in_pages:
+        arguments = paged(arguments, 8)
+        # two pages more for each, of which one may be empty
+        used, room = arguments["lengths"] // 8 + 1, torch.arange(2 * b).view(b, 2) + arguments["caches"][0].shape[1]
+        table = F.pad(arguments["block_table"], (0, 2))
+        table.scatter_(1, used[:, None] + torch.arange(2), room)
+        arguments["block_table"] = table
+        arguments["caches"] = [
+            F.pad(cache, (0, 0, 0, 0, 0, 0, 0, 2 * b), value=torch.nan) for cache in arguments["caches"]
+        ]
+    counts = torch.tensor([3 if i % 2 == 0 else 1 for i in range(b)])
+    order = torch.arange(b).flip(0)
+    sequences = order.repeat_interleave(counts[order])
+    new = torch.cat([torch.arange(n) for n in counts[order].tolist()])
+    together = {
+        "token_ids": (arguments["token_ids"][sequences] + 7 * new) % arguments["model"].tokens.shape[0],
+        "position_ids": arguments["position_ids"][sequences] + new,
+        "starts": arguments["starts"][sequences],
+        "lengths": arguments["lengths"][sequences] + new,
+    }
+    logits, caches = step(backend, **arguments | together, sequences=sequences)
+    one_by_one = [cache.clone() for cache in arguments["caches"]]
+    for i in range(3):
+        rows = (new == i).nonzero()[:, 0]
+        at = {k: together[k][rows] for k in ROWS}
+        alone = decode_step(**arguments | at | {"caches": one_by_one}, sequences=sequences[rows], backend=backend)
+        if backend == "native":
+            assert torch.equal(logits[rows], alone)
+        else:
+            torch.testing.assert_close(logits[rows], alone)
+    for cache, wanted in zip(caches, one_by_one, strict=True):
+        torch.testing.assert_close(cache, wanted.nan_to_num(0.0))
+    wanted = torch.tensor([sequences.numel() - 1, 0])
+    some, _ = step(backend, **arguments | together, sequences=sequences, logits_of=wanted)
+    assert torch.equal(some, logits[wanted]) if backend == "native" else some.shape[0] == 2
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -275,7 +322,7 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.lmkernels.decode_step.default,
             (
-                *(arguments[k] for k in ROWS), caches, None, weights, vectors, *model.tables, *model.tokens.shape,
+                *(arguments[k] for k in ROWS), caches, None, None, None, weights, vectors, *model.tables, *model.tokens.shape,
                 model.layers[0].up.shape[0], model.heads, model.eps, model.rms, 2, model.gated, model.scale, False,
                 False,
             ),

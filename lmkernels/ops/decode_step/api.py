@@ -159,9 +159,11 @@ def decode_step(
     model: StepModel,
     *,
     block_table: Tensor | None = None,
+    sequences: Tensor | None = None,
+    logits_of: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The logits (rows, vocab), float32, after one token more of each sequence; all of the model in one call.
+    """The logits (rows, vocab), float32, after tokens that are new in their sequences; all of the model in one call.
 
     token_ids, position_ids: (rows,)          int64; positions choose what is learned or rotated
     lengths: (rows,)                          int64; slots of the cache that are taken: the token's key and value go to
@@ -172,11 +174,15 @@ def decode_step(
     block_table: (rows, max_blocks)           int32 or int64: slot j of a sequence is slot j % block_size of page
                                               block_table[row, j // block_size]; starts are 0 then. A page that is
                                               written must belong to one sequence
+    sequences: (rows,)                        int64; the row of the caches, or of block_table, that a token belongs to;
+                                              None: each its own. Of a sequence's tokens, `lengths` grow by 1 from one
+                                              to the next, and each sees those before it
+    logits_of: (n,)                           int64, n >= 1; the rows whose logits are wanted, which are then (n, vocab)
     backend: "native" or "reference"; None takes the first that can run this.
 
     Inference only. Sums are float32, of weights in their dtype; x is rounded to bfloat16 where these are, and to 16-bit
-    integers where these are quantised (`quantize_weight`). A row has the same bits in any batch, on any number
-    of threads, in a paged cache and in a contiguous one.
+    integers where these are quantised (`quantize_weight`). A row has the same bits in any batch, beside other
+    tokens of its sequence or after them, on any number of threads, in a paged cache and in a contiguous one.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """
@@ -193,16 +199,26 @@ def decode_step(
         check_floating(f"caches[{i}]", cache)
         check_device(f"caches[{i}]", cache, "caches[0]", caches[0])
         fits = cache.dim() == 5 and all(want in (None, have) for want, have in zip(shape, cache.shape, strict=True))
-        rows = token_ids.numel() if block_table is None else 0
+        rows = token_ids.numel() if block_table is None and sequences is None else 0
         if not fits or cache.shape[1] < rows or cache.shape != caches[0].shape:
             raise ValueError(
                 f"caches must be (2, b, h_kv, capacity, d) with b >= {rows}, h_kv = {model.heads_kv}, "
                 f"d = {model.head_dim}, all alike, got {tuple(cache.shape)}"
             )
     if block_table is not None:
-        blocks = block_table.shape[1] if isinstance(block_table, Tensor) and block_table.dim() == 2 else 0
-        check_indices("block_table", block_table, ((token_ids.numel(), blocks),), "caches[0]", caches[0])
+        is_table = isinstance(block_table, Tensor) and block_table.dim() == 2
+        rows, blocks = block_table.shape if is_table else (token_ids.numel(), 0)
+        rows = token_ids.numel() if sequences is None else rows
+        check_indices("block_table", block_table, ((rows, blocks),), "caches[0]", caches[0])
         if caches[0].shape[3] == 0:
             raise ValueError(f"a page of caches must hold a token or more, got {tuple(caches[0].shape)}")
+    for name, x in (("sequences", sequences), ("logits_of", logits_of)):
+        if x is not None:
+            own = x.numel() if name == "logits_of" and isinstance(x, Tensor) else token_ids.numel()
+            check_indices(name, x, ((own,),), "caches[0]", caches[0])
+            if x.dtype != torch.int64:
+                raise TypeError(f"{name} must be int64, got {x.dtype}")
+    if logits_of is not None and logits_of.numel() == 0 < token_ids.numel():
+        raise ValueError("logits_of must name a row or more, got none")
     module = _dispatch.choose("decode_step", BACKENDS, backend, model, caches)
-    return module.forward(token_ids, position_ids, starts, lengths, caches, model, block_table)
+    return module.forward(token_ids, position_ids, starts, lengths, caches, model, block_table, sequences, logits_of)

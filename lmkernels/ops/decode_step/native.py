@@ -17,16 +17,17 @@ MAX_HEAD_DIM, MAX_GROUP = 256, 64
 # where there is one, and down; then the last norm and its bias. Biases that a model lacks are zeros.
 _library.LIBRARY.define(
     "decode_step(Tensor token_ids, Tensor position_ids, Tensor starts, Tensor lengths, Tensor(a!)[] caches, "
-    "Tensor? block_table, Tensor[] weights, Tensor vectors, Tensor? cos, Tensor? sin, SymInt vocab, SymInt d_model, "
-    "SymInt d_ff, int heads, float eps, bool rms, int activation, bool gated, float scale, bool scale_by_layer, "
-    "bool interleaved) -> Tensor"
+    "Tensor? block_table, Tensor? sequences, Tensor? logits_of, Tensor[] weights, Tensor vectors, Tensor? cos, "
+    "Tensor? sin, SymInt vocab, SymInt d_model, SymInt d_ff, int heads, float eps, bool rms, int activation, bool gated, "
+    "float scale, bool scale_by_layer, bool interleaved) -> Tensor"
 )
 _step = torch.ops.lmkernels.decode_step.default
 
 
 @torch.library.register_fake("lmkernels::decode_step", lib=_library.LIBRARY)
-def _(token_ids, position_ids, starts, lengths, caches, block_table, weights, vectors, cos, sin, vocab, *rest):
-    return vectors.new_empty(token_ids.shape[0], vocab)
+def _(token_ids, position_ids, starts, lengths, caches, block_table, sequences, logits_of, weights, vectors, *rest):
+    rows = token_ids if logits_of is None else logits_of
+    return vectors.new_empty(rows.shape[0], rest[2])
 
 
 def pack(model) -> tuple[list[Tensor], Tensor]:
@@ -87,8 +88,10 @@ def forward(
     caches: list[Tensor],
     model,
     block_table: Tensor | None = None,
+    sequences: Tensor | None = None,
+    logits_of: Tensor | None = None,
 ) -> Tensor:
-    """logits (rows, vocab)"""
+    """logits (rows or logits_of, vocab)"""
     weights, vectors = model.packed
     return _step(
         token_ids.contiguous(),
@@ -97,6 +100,8 @@ def forward(
         lengths.contiguous(),
         caches,
         None if block_table is None else block_table.to(torch.int32).contiguous(),
+        None if sequences is None else sequences.contiguous(),
+        None if logits_of is None else logits_of.contiguous(),
         weights,
         vectors,
         *model.tables,

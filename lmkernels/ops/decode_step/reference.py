@@ -23,8 +23,10 @@ def forward(
     caches: list[Tensor],
     model,
     block_table: Tensor | None = None,
+    sequences: Tensor | None = None,
+    logits_of: Tensor | None = None,
 ) -> Tensor:
-    """The logits (rows, vocab); arguments as `decode_step` after its checks."""
+    """The logits (rows or logits_of, vocab); arguments as `decode_step` after its checks."""
     check_range("token_ids", token_ids, model.tokens.shape[0])
     limits = [table.shape[0] for table in (model.positions, model.cos) if table is not None]
     if limits:
@@ -35,11 +37,19 @@ def forward(
     check_range("starts", starts, capacity)
     if position_ids.is_cpu and bool((starts > lengths).any()):
         raise ValueError(f"starts must not lie beyond lengths, got {starts.tolist()} and {lengths.tolist()}")
+    if sequences is not None:
+        check_range(
+            "sequences", sequences, (caches[0].transpose(0, 1) if block_table is None else block_table).shape[0]
+        )
+    if logits_of is not None:
+        check_range("logits_of", logits_of, token_ids.shape[0])
     if block_table is not None:
+        block_table = block_table if sequences is None else block_table[sequences]  # (rows, max_blocks)
         check_blocks(block_table, starts, lengths, caches[0])
     rows, d, h, h_kv = token_ids.shape[0], model.head_dim, model.heads, model.heads_kv
     acc = torch.promote_types(caches[0].dtype, torch.float32)
     each = torch.arange(rows, device=token_ids.device)
+    own = each if sequences is None else sequences  # the row of a cache without pages
 
     def dense(weight) -> Tensor:
         return weight.to(acc) if isinstance(weight, Tensor) else weight.dequantize(acc)
@@ -59,11 +69,11 @@ def forward(
 
     def sequences(part: Tensor) -> Tensor:  # keys or values (rows, h_kv, capacity, d)
         if block_table is None:
-            return part[:rows]
+            return part[own]
         blocks = block_table.long().clamp(0, part.shape[0] - 1)  # entries beyond a sequence's end may be anything
         return part[blocks].transpose(1, 2).flatten(2, 3)
 
-    outer, slot = each, lengths
+    outer, slot = own, lengths
     if block_table is not None:
         outer, slot = block_table.long()[each, lengths // page_size], lengths % page_size
     slots = torch.arange(capacity, device=token_ids.device)
@@ -92,6 +102,8 @@ def forward(
         else:
             hidden = activation(linear(y, layer.gate, layer.gate_bias)) * up
         x = x + linear(hidden, layer.down, layer.down_bias)
+    if logits_of is not None:
+        x = x[logits_of]
     return linear(norm(x, model.norm, model.norm_bias), model.head, None).to(torch.promote_types(acc, torch.float32))
 
 
