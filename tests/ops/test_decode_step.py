@@ -322,9 +322,9 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.lmkernels.decode_step.default,
             (
-                *(arguments[k] for k in ROWS), caches, None, None, None, weights, vectors, *model.tables, *model.tokens.shape,
-                model.layers[0].up.shape[0], model.heads, model.eps, model.rms, 2, model.gated, model.scale, False,
-                False,
+                *(arguments[k] for k in ROWS), caches, None, None, None, weights, vectors, *model.tables,
+                *model.tokens.shape, model.layers[0].up.shape[0], model.heads, model.eps, model.rms, 2, model.gated,
+                model.scale, False, False,
             ),
         )  # fmt: skip
 

@@ -18,8 +18,8 @@ MAX_HEAD_DIM, MAX_GROUP = 256, 64
 _library.LIBRARY.define(
     "decode_step(Tensor token_ids, Tensor position_ids, Tensor starts, Tensor lengths, Tensor(a!)[] caches, "
     "Tensor? block_table, Tensor? sequences, Tensor? logits_of, Tensor[] weights, Tensor vectors, Tensor? cos, "
-    "Tensor? sin, SymInt vocab, SymInt d_model, SymInt d_ff, int heads, float eps, bool rms, int activation, bool gated, "
-    "float scale, bool scale_by_layer, bool interleaved) -> Tensor"
+    "Tensor? sin, SymInt vocab, SymInt d_model, SymInt d_ff, int heads, float eps, bool rms, int activation, "
+    "bool gated, float scale, bool scale_by_layer, bool interleaved) -> Tensor"
 )
 _step = torch.ops.lmkernels.decode_step.default
 

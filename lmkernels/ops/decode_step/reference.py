@@ -38,9 +38,7 @@ def forward(
     if position_ids.is_cpu and bool((starts > lengths).any()):
         raise ValueError(f"starts must not lie beyond lengths, got {starts.tolist()} and {lengths.tolist()}")
     if sequences is not None:
-        check_range(
-            "sequences", sequences, (caches[0].transpose(0, 1) if block_table is None else block_table).shape[0]
-        )
+        check_range("sequences", sequences, caches[0].shape[1] if block_table is None else block_table.shape[0])
     if logits_of is not None:
         check_range("logits_of", logits_of, token_ids.shape[0])
     if block_table is not None:
