@@ -121,7 +121,7 @@ class Engine:
         pages: int | None = None,
         page_size: int = 16,
         max_queue: int = 1024,
-        chunk: int = 256,
+        chunk: int = 512,
     ):
         given = {"max_rows": (max_rows, 1), "page_size": (page_size, 1), "max_queue": (max_queue, 1)}
         for name, (value, least) in (given | {"chunk": (chunk, FEW_TOKENS + 1)}).items():
