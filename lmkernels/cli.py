@@ -254,7 +254,7 @@ def add_generate(commands) -> None:
     command.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="samples of the prompt")
     command.add_argument("--seed", type=int, help="makes the samples repeatable")
     command.add_argument("--prompt-lookup", type=int, metavar="N", help="guess N tokens ahead from the text so far")
-    command.add_argument("--draft-model", metavar="DIR", help="a smaller model that guesses ahead")
+    command.add_argument("--draft-model", metavar="DIR", help="a smaller model that guesses ahead, in the same format")
     command.add_argument("--dtype", help="of the weights: float32, bfloat16; default: the checkpoint's")
     command.add_argument("--quantize", choices=["int8", "int4"], help="hold the weights in 8 or 4 bits")
     command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
@@ -287,7 +287,10 @@ def generate(arguments) -> int:
         "stop_strings": arguments.stop,
         "tokenizer": tokenizer,
         "prompt_lookup_num_tokens": arguments.prompt_lookup,
-        "assistant_model": arguments.draft_model and GPT2LMHeadModel.from_pretrained(find(arguments.draft_model)),
+        "assistant_model": arguments.draft_model
+        and GPT2LMHeadModel.from_pretrained(
+            find(arguments.draft_model), dtype=arguments.dtype, quantize=arguments.quantize
+        ),
     }
     if arguments.prompt is None and sys.stdin.isatty():
         return converse(arguments, model, tokenizer, settings)

@@ -10,6 +10,7 @@ import torch
 from .decoder import Decoder
 from .plan import Plan, process
 from .search import next_tokens
+from .stopping import EndToken
 
 # proposes tokens (n,) that may follow ids (1, length), with the distributions (n, vocab) they were drawn from, or None
 # where they were not drawn
@@ -74,30 +75,52 @@ class Draft:
 def speculate(plan: Plan, decoder: Decoder, proposer):
     """Continues one prompt."""
     ids, processors = plan.ids, plan.processors(plan.padding)
+    shown = plan.scores is not None or plan.all_logits is not None
+    is_plain = not (processors or plan.settings.do_sample or shown)
+    is_plain = is_plain and all(isinstance(criterion, EndToken) for criterion in plan.criteria)
     while True:
-        length = ids.shape[1]
         # the model adds a token of its own to those that are right
-        guess, drawn = proposer(ids, plan.total - length - 1)
+        guess, drawn = proposer(ids, plan.total - ids.shape[1] - 1)
         n = guess.numel()
         candidate = torch.cat([ids, guess[None]], 1)
         logits = plan.logits_of(decoder, candidate, n + 1)[0]  # (n + 1, vocab)
-        new: list[torch.Tensor] = []
-        while True:
-            i = len(new)
-            scores = process(processors, candidate[:, : length + i], logits[i : i + 1])  # (1, vocab)
-            plan.record(scores, logits[i : i + 1])
-            token = judge(plan, scores, guess[i : i + 1], None if drawn is None else drawn[i : i + 1])
-            new.append(token)
-            ids = torch.cat([ids, token[:, None]], 1)
-            finished = ids.shape[1] == plan.total or bool(plan.finished(ids).all())
-            right = i < n and bool(token == guess[i])
-            if finished or not right:
-                break
-        plan.put(torch.stack(new, 1))
-        if finished:
+        if is_plain:
+            new, finished = likeliest(plan, logits, guess)
+        else:
+            new, finished = chosen(plan, processors, candidate, logits, guess, drawn)
+        ids = torch.cat([ids, new[None]], 1)
+        plan.put(new[None])
+        if finished or ids.shape[1] == plan.total:
             return plan.result(ids)
-        proposer.accepted(len(new) - 1, n)
+        proposer.accepted(new.numel() - 1, n)
         decoder.crop(ids.shape[1] - 1)
+
+
+def chosen(plan: Plan, processors, candidate, logits, guess, drawn) -> tuple[torch.Tensor, bool]:
+    """The new tokens (k,), up to the first that was not guessed or that ends the text, and whether it does.
+
+    candidate: (1, length + n) the text with the guess (n,); logits: (n + 1, vocab)
+    """
+    n, new = guess.numel(), []
+    ids = candidate[:, : candidate.shape[1] - n]
+    while True:
+        i = len(new)
+        scores = process(processors, ids, logits[i : i + 1])  # (1, vocab)
+        plan.record(scores, logits[i : i + 1])
+        new.append(judge(plan, scores, guess[i : i + 1], None if drawn is None else drawn[i : i + 1]))
+        ids = torch.cat([ids, new[-1][:, None]], 1)
+        finished = bool(plan.finished(ids).all())
+        if finished or ids.shape[1] == plan.total or i == n or bool(new[-1] != guess[i]):
+            return torch.cat(new), finished
+
+
+def likeliest(plan: Plan, logits, guess) -> tuple[torch.Tensor, bool]:
+    """What `chosen` gives in greedy search without processors, where nothing but a token ends the text."""
+    new = logits.max(-1).indices
+    tokens, guessed, i = new.tolist(), guess.tolist(), 0
+    while i < len(guessed) and tokens[i] == guessed[i] and tokens[i] not in plan.ends:
+        i += 1
+    return new[: i + 1], tokens[i] in plan.ends
 
 
 def judge(plan: Plan, scores, guess, drawn) -> torch.Tensor:
