@@ -1,6 +1,7 @@
 """Speculative decoding: cheap guesses, several of which the model checks in one pass (Leviathan et al. 2023).
 
-Greedy search gives the tokens it gives without guesses; sampling draws from the same distribution.
+Greedy search gives the tokens it gives without guesses, to the bit where steps are fused; sampling draws from the same
+distribution.
 """
 
 from collections.abc import Callable
@@ -78,9 +79,8 @@ def speculate(plan: Plan, decoder: Decoder, proposer):
     shown = plan.scores is not None or plan.all_logits is not None
     is_plain = not (processors or plan.settings.do_sample or shown)
     is_plain = is_plain and all(isinstance(criterion, EndToken) for criterion in plan.criteria)
+    guess, drawn = ids[0, :0], None  # a pass over a prompt and more would give the prompt other bits
     while True:
-        # the model adds a token of its own to those that are right
-        guess, drawn = proposer(ids, plan.total - ids.shape[1] - 1)
         n = guess.numel()
         candidate = torch.cat([ids, guess[None]], 1)
         logits = plan.logits_of(decoder, candidate, n + 1)[0]  # (n + 1, vocab)
@@ -92,8 +92,11 @@ def speculate(plan: Plan, decoder: Decoder, proposer):
         plan.put(new[None])
         if finished or ids.shape[1] == plan.total:
             return plan.result(ids)
-        proposer.accepted(new.numel() - 1, n)
+        if n > 0:
+            proposer.accepted(new.numel() - 1, n)
         decoder.crop(ids.shape[1] - 1)
+        # the model adds a token of its own to those that are right
+        guess, drawn = proposer(ids, plan.total - ids.shape[1] - 1)
 
 
 def chosen(plan: Plan, processors, candidate, logits, guess, drawn) -> tuple[torch.Tensor, bool]:

@@ -8,6 +8,7 @@ import torch
 from lmkernels.generation.decoder import Decoder
 from lmkernels.generation.speculative import PromptLookup
 from lmkernels.models import GPT2LMHeadModel
+from lmkernels.models.quantized import quantize
 
 from .conftest import random_model
 
@@ -79,7 +80,19 @@ def test_right_guesses_save_passes(model, ids, monkeypatch):
     twin.load_state_dict(model.state_dict())
     twin_options = {"assistant_confidence_threshold": 0.0, "num_assistant_tokens": 5}
     model.generate(ids[:1], max_new_tokens=24, eos_token_id=[], assistant_model=twin, **twin_options)
-    assert passes == [8 + 5, 6, 6, 6] and free <= 24
+    assert passes == [8, 6, 6, 6, 5] and free <= 24
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("length", [10, 30])
+def test_guesses_change_no_bits(kind, length, draft):
+    model = random_model()
+    quantize(model, kind) if kind.startswith("int") else model.to(getattr(torch, kind))
+    prompt = REPETITIVE.repeat(1, 3)[:, :length]
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 14, "eos_token_id": []}
+    expected = model.generate(prompt, **options).logits
+    for way in ways(model, draft):
+        assert all(map(torch.equal, model.generate(prompt, **options, **way).logits, expected))
 
 
 def test_prompt_lookup_saves_passes_where_the_text_repeats_itself(model, monkeypatch):

@@ -114,7 +114,9 @@ def test_as_accurate_as_plain_torch(case, dtype, backend):
 
 def test_on_other_isa(rerun_on_isa):
     rerun_on_isa(
-        __file__, "test_as_accurate_as_plain_torch and native or test_threads or test_batch or test_pages and native"
+        __file__,
+        "test_as_accurate_as_plain_torch and native or test_threads or test_batch or test_pages and native "
+        "or test_tokens_of and native",
     )
 
 
@@ -358,6 +360,13 @@ def first_layer(**changes):
         (bad(lengths=torch.tensor([1, 2])), ValueError, r"lengths must be \(1,\), got \(2,\)"),
         (bad(lengths=torch.tensor([1.0])), TypeError, "lengths must be int32 or int64"),
         (bad(lengths=torch.tensor([1], dtype=torch.int32)), TypeError, "lengths must be int64"),
+        (bad(sequences=torch.tensor([1])), ValueError, "sequences must lie between 0 and 0, got values from 1"),
+        (bad(sequences=torch.tensor([0, 0])), ValueError, r"sequences must be \(1,\), got \(2,\)"),
+        (bad(sequences=torch.tensor([0], dtype=torch.int32)), TypeError, "sequences must be int64"),
+        (bad(sequences=[0]), TypeError, "sequences must be a torch.Tensor, got list"),
+        (bad(logits_of=torch.tensor([1])), ValueError, "logits_of must lie between 0 and 0, got values from 1"),
+        (bad(logits_of=torch.tensor([], dtype=torch.int64)), ValueError, "logits_of must name a row or more, got none"),
+        (bad(logits_of=torch.tensor([[0]])), ValueError, r"logits_of must be \(1,\), got \(1, 1\)"),
         (bad(caches=[]), ValueError, "caches must hold one tensor per layer, 2, got 0"),
         (bad(caches=[torch.zeros(2, 1, 3, 9, 15)] * 2), ValueError, "caches must be .*d = 16, all alike, got"),
         (bad(caches=[torch.zeros(2, 0, 3, 9, 16)] * 2), ValueError, "caches must be .*b >= 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,9 @@ PANEL = 16  # rows of the weight that are stored together
 # What the scale of a group is tried at, as parts of the one that reaches its largest weight. Of a Gaussian weight, 17
 # tries leave 5.3 % less error than one (0.0814 against 0.0860 of the root mean square), 33 another 0.2 %.
 TRIES = [0.7 + 0.4 * i / 16 for i in range(17)]
-_CHUNK = 2**16  # weights at a time: what is computed of them stays in the L2 cache
+# Weights at a time: what is computed of them stays in the L2 cache, and torch leaves it to the thread that asks. Where
+# two threads met after every operation, beside other programs, it took 6 times the CPU time of one.
+_CHUNK = 2**15
 
 
 def empty(shape: tuple[int, int], bits: int, device) -> tuple[Tensor, Tensor]:
@@ -32,14 +36,20 @@ def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if weight.numel() == 0:
         return data.zero_(), scales.zero_()
     step = max(1, _CHUNK // max(1, padded * PANEL))
-    for first in range(0, panels, step):
-        part = weight[first * PANEL : (first + step) * PANEL].float()
-        here = min(step, panels - first)
-        block = part.new_zeros(here * PANEL, padded)
-        block[: part.shape[0], :d_in] = part
-        levels, scale = (_four_bits if bits == 4 else _eight_bits)(block)
-        data[first : first + here] = _pack(levels, bits)
-        scales[first : first + here] = scale.view(here, PANEL, -1).transpose(1, 2)
+    weight, is_inference = weight.detach(), torch.is_inference_mode_enabled()
+
+    def fill(first: int) -> None:
+        with torch.inference_mode(is_inference):  # which a thread does not inherit
+            part = weight[first * PANEL : (first + step) * PANEL].float()
+            here = min(step, panels - first)
+            block = part.new_zeros(here * PANEL, padded)
+            block[: part.shape[0], :d_in] = part
+            levels, scale = (_four_bits if bits == 4 else _eight_bits)(block)
+            data[first : first + here] = _pack(levels, bits)
+            scales[first : first + here] = scale.view(here, PANEL, -1).transpose(1, 2)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, range(0, panels, step)))
     return data, scales
 
 
