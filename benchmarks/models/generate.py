@@ -1,9 +1,10 @@
 """Decoding by `generate` and by the `Engine`: tokens per second in every format, beside other programs (--peers).
 
 For one sequence, a token reads every weight once, and the keys and values before it. The floor is these bytes over the
-read bandwidth that torch reaches in the same run, turn by turn with the tokens. Then the time of a prompt, and batches
-of ragged prompts, whose rate is that of all new tokens over the whole time, prompts included. Weights are random: speed
-does not depend on them. In float32 a peer that writes other tokens is an error; fewer bits are rounded in several ways.
+read bandwidth that torch reaches in the same run, turn by turn with the tokens. Then the time of a prompt; of a pass
+over several tokens, by which speculation checks guesses; and batches of ragged prompts, whose rate is that of all new
+tokens over the whole time, prompts included. Weights are random: speed does not depend on them. In float32 a peer that
+writes other tokens is an error; fewer bits are rounded in several ways.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from benchmarks import harness
 from benchmarks.generate_peers import PEERS, Clock, Peer, peers_of
 from lmkernels.generation import Engine
+from lmkernels.generation.decoder import Decoder
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 from lmkernels.models.quantized import quantize
 
@@ -27,6 +29,7 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")
 CONTEXTS = (32, 256)  # tokens before the last one that is timed
 NEW = 24  # tokens per turn, of which the first comes with the prompt
 PROMPT = 384
+GUESSED = (1, 2, 5, 9)  # tokens of a pass: one and the guesses behind it
 BATCHES, SHORTEST, LONGEST, BATCH_NEW = (8, 32), 16, 256, 64
 
 
@@ -39,6 +42,7 @@ def run(options: harness.Options) -> list[dict]:
     for name in tqdm(FORMATS, unit="format", file=sys.stderr, leave=False):
         lines = {f"decoding, {name}, context {context}": (decoding, context, probe) for context in CONTEXTS}
         lines[f"prompt of {PROMPT}, {name}"] = (prefill,)
+        lines[f"guesses, {name}"] = (checking,)
         lines |= {f"{b} ragged prompts, {name}": (batch, b) for b in BATCHES}
         chosen = {title: line for title, line in lines.items() if options.cases in title}
         if not chosen:
@@ -148,6 +152,25 @@ def prefill(model, peers: dict[str, Peer], seconds: float) -> dict:
     prompt = torch.randint(2**15, (PROMPT,)).tolist()
     taken, _ = in_turn({"ours": ours(model), **peers}, [prompt], 1, seconds, least=3)
     return compared({name: PROMPT / statistics.median(t[1] - t[0] for t in turns) for name, turns in taken.items()})
+
+
+@torch.no_grad()
+def checking(model, peers: dict[str, Peer], seconds: float) -> dict:
+    """Milliseconds of a pass over one token and the guesses behind it, and what that is of a pass over one."""
+    ids = torch.randint(2**15, (1, 128 + max(GUESSED)))
+    decoder = Decoder(model, torch.ones(1, 128, dtype=torch.bool), ids.shape[1] + 1)
+    decoder.logits(ids[:, :128])
+    taken = {n: [] for n in GUESSED}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[1]) < 5:
+        for n, times in taken.items():
+            start = time.perf_counter()
+            decoder.logits(ids[:, : 128 + n], n)
+            times.append(time.perf_counter() - start)
+            decoder.crop(128)
+    medians = {n: statistics.median(times) for n, times in taken.items()}
+    row = {"unit": "ms"} | {f"{n} token" + "s" * (n > 1): round(1e3 * median, 2) for n, median in medians.items()}
+    return row | {"5 to 1": round(medians[5] / medians[1], 2)}
 
 
 def batch(model, peers: dict[str, Peer], seconds: float, rows: int) -> dict:
