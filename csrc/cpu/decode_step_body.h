@@ -33,7 +33,7 @@ inline QuantizedArgs quantized_args(const StepWeight& w) {
   q.bits = w.bits;
   q.rows = q.rows_per_task = w.rows, q.depth = w.depth, q.cols = w.cols;
   q.data = static_cast<const uint8_t*>(w.data), q.scales = w.scales;
-  q.padded = round_up(w.depth, kWeightGroup);
+  q.padded = round_up(w.depth, kWeightGroup), q.levels_row = levels_row(w.depth);
   q.groups = (q.padded + (w.bits == 4 ? kWeightGroup : kByteGroup) - 1) / (w.bits == 4 ? kWeightGroup : kByteGroup);
   q.panels_per_task = w.task_cols / kPanelCols;
   q.streams = prefers_streams();
@@ -112,8 +112,8 @@ inline const StepRow& row_of_task(const DecodeStepArgs& a, int64_t task) {
 struct StepScratch {
   float *normed, *values;  // (rows, d_model), and one row of any length
   void* packed;            // the input of a stage as the products read it
-  uint32_t* words;         // the same in integers
-  int32_t* starts;
+  int8_t* levels;          // the same in integers
+  int32_t* sums;
   float* x_scales;
   void* staged;  // q, k and v of one row
   void* kernel;  // of the products, of the norm and of the attention
@@ -127,9 +127,8 @@ struct StepScratch {
     normed = arena.take<float>(a.rows * a.d_model + kSlack);
     values = arena.take<float>(2 * (most(depth, qkv) + kSlack));
     packed = arena.take<char>(a.rows * packed_row(skinny, depth) * skinny.packed_size);
-    const int64_t padded = round_up(depth, kWeightGroup);
-    words = arena.take<uint32_t>(a.rows * padded / 2);
-    starts = arena.take<int32_t>(a.rows * padded / kWeightGroup * 2);
+    levels = arena.take<int8_t>(a.rows * levels_row(depth));
+    sums = arena.take<int32_t>(a.rows * round_up(depth, kWeightGroup) / kWeightGroup);
     x_scales = arena.take<float>(a.rows);
     staged = arena.take<char>(qkv * element_size(a.dtype));
 
@@ -200,7 +199,7 @@ void pack_part(const DecodeStepArgs& a, const StepWeight& w, const StepScratch& 
   if (w.bits) {
     QuantizedArgs q = quantized_args(w);
     q.x = x;
-    q.words = s.words, q.starts = s.starts, q.x_scales = s.x_scales;
+    q.levels = s.levels, q.sums = s.sums, q.x_scales = s.x_scales;
     quantized_kernels().pack_x(q, row, s.kernel);
     return;
   }
@@ -317,7 +316,7 @@ void multiply(const DecodeStepArgs& a, const StepWeight& w, int64_t task, Activa
   e.activation = activation;
   if (w.bits) {
     QuantizedArgs q = quantized_args(w);
-    q.words = s.words, q.starts = s.starts, q.x_scales = s.x_scales;
+    q.levels = s.levels, q.sums = s.sums, q.x_scales = s.x_scales;
     q.epilogue = e, q.epilogue.bias = w.bias;
     q.next = next;
     quantized_kernels().run(q, block, s.kernel);

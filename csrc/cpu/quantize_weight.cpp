@@ -5,6 +5,7 @@
 
 #include "fetch.h"
 
+#define LMK_BODY_HAS_TILES
 #define LMK_BODY "quantize_weight_body.h"
 #include "foreach_isa.h"
 

@@ -7,8 +7,8 @@
 //           its low half and 16 + 4 i + j in its high half; scales (panels, depth / 32, 16) bfloat16
 // The depth is padded to a multiple of 32, and the columns to one of 16, by weights of zero.
 //
-// Each row of x becomes integers of 16 bits, in proportion to its largest element; sums of products are exact integers
-// within a group of the depth (32 for 4 bits, 256 for 8), and float across groups. A row with an infinity or a NaN
+// Each row of x becomes integers of 8 bits, in proportion to its largest element; sums of products are exact integers
+// within a group of the depth (32 for 4 bits, 65536 for 8), and float across groups. A row with an infinity or a NaN
 // gives NaN.
 #pragma once
 
@@ -20,7 +20,7 @@
 
 namespace lmk {
 
-constexpr int64_t kPanelCols = 16, kWeightGroup = 32, kByteGroup = 256;
+constexpr int64_t kPanelCols = 16, kWeightGroup = 32, kByteGroup = 65536;
 
 struct QuantizedArgs {
   DType dtype;  // of x
@@ -32,10 +32,11 @@ struct QuantizedArgs {
   const void* scales;
   Epilogue epilogue;
 
-  int64_t padded;   // depth, rounded up to a multiple of kWeightGroup
-  int64_t groups;   // over which integers are summed
-  uint32_t* words;  // (rows, padded / 4, 2): 4 integers of x
-  int32_t* starts;  // (rows, groups, 2): what makes the weights' zero count as nothing
+  int64_t padded;      // depth, rounded up to a multiple of kWeightGroup
+  int64_t groups;      // over which integers are summed
+  int8_t* levels;      // (rows, levels_row): x in integers, zero from depth on
+  int64_t levels_row;  // of levels_row(depth)
+  int32_t* sums;       // (rows, groups): of the levels
   float* x_scales;  // (rows,)
   int64_t panels_per_task, rows_per_task;
   Ahead next;    // is fetched at the end of a task
@@ -46,6 +47,7 @@ struct QuantizedArgs {
 // task change the bits of a result.
 struct QuantizedKernels {
   int64_t tile_panels;                            // a task should have a multiple of these
+  int64_t most_rows, wide_panels;                 // of a task, and what it should have where many rows share it
   int64_t (*pack_scratch)(const QuantizedArgs&);  // bytes
   void (*pack_x)(const QuantizedArgs&, int64_t row, void* scratch);
   int64_t (*scratch)(const QuantizedArgs&);
@@ -53,5 +55,9 @@ struct QuantizedKernels {
 };
 
 const QuantizedKernels& quantized_kernels();
+
+// Bytes from one row of levels to the next: whole tiles, and an odd number of cache lines, so that rows keep out of each
+// other's sets of the L1 cache.
+constexpr int64_t levels_row(int64_t depth) { return ((depth + 63) / 64 | 1) * 64; }
 
 }  // namespace lmk

@@ -34,19 +34,29 @@ Tensor quantized_linear_fwd(const Tensor& x_, const Tensor& data, const Tensor& 
   a.epilogue = epilogue_of(x, cols, bias, residual, activation, out);
   if (out.numel() == 0) return out;
 
-  const int64_t words = a.rows * a.padded / 2, starts = a.rows * a.groups * 2;
-  Tensor packed = new_tensor(x, {words + starts + a.rows}, ScalarType::Int);
-  a.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
-  a.starts = reinterpret_cast<int32_t*>(a.words + words);
-  a.x_scales = reinterpret_cast<float*>(a.starts + starts);
+  a.levels_row = lmk::levels_row(a.depth);
+  Tensor levels = new_tensor(x, {a.rows * a.levels_row}, ScalarType::Char);
+  Tensor sums = new_tensor(x, {a.rows * (a.groups + 1)}, ScalarType::Int);
+  a.levels = static_cast<int8_t*>(levels.mutable_data_ptr());
+  a.sums = static_cast<int32_t*>(sums.mutable_data_ptr());
+  a.x_scales = reinterpret_cast<float*>(a.sums + a.rows * a.groups);
   const lmk::QuantizedKernels& kernels = lmk::quantized_kernels();
-  run_tasks(a.rows, kernels.pack_scratch(a), 8.0 * a.rows * a.padded,
-            [&](int64_t row, void* scratch) { kernels.pack_x(a, row, scratch); });
+  constexpr int64_t kPackedRows = 8;
+  run_tasks(blocks(a.rows, kPackedRows), kernels.pack_scratch(a), 8.0 * a.rows * a.padded,
+            [&](int64_t task, void* scratch) {
+              for (int64_t row = task * kPackedRows; row < std::min(a.rows, (task + 1) * kPackedRows); ++row)
+                kernels.pack_x(a, row, scratch);
+            });
 
-  constexpr int64_t kTasks = 16, kLeastBytes = 32 * 1024, kRows = 64;
+  constexpr int64_t kTasks = 16, kLeastBytes = 32 * 1024, kRowUnit = 32, kFewRows = 64;
   const int64_t panel_bytes = std::max<int64_t>(1, lmk::kPanelCols * a.padded * bits / 8);
-  a.rows_per_task = std::min(a.rows, kRows);
+  const int64_t row_blocks = blocks(a.rows, kernels.most_rows);
+  a.rows_per_task = std::min(a.rows, blocks(blocks(a.rows, row_blocks), kRowUnit) * kRowUnit);
   a.panels_per_task = std::max(blocks(panels, kTasks), blocks(kLeastBytes, panel_bytes));
+  if (a.rows > kFewRows) {  // columns that leave every thread two tasks or more
+    const int64_t wanted = blocks(2 * torch::stable::get_num_threads(), row_blocks);
+    a.panels_per_task = std::min(kernels.wide_panels, blocks(panels, wanted));
+  }
   a.streams = lmk::prefers_streams();
   const int64_t unit = a.streams && bits == 8 && a.rows == 1 ? lmk::kStreams : kernels.tile_panels;
   a.panels_per_task = blocks(a.panels_per_task, unit) * unit;

@@ -11,128 +11,133 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-// A register of weights, 4 bytes to a column; two words are 4 integers of x, in the order that `step` wants:
-//   load, low, high     weights; the halves of their bytes
-//   pack                the two words
-//   Sum, start, step    integers; from starts[2]; += weights * x
-//   value               as float, exact below 2^24
+// Products of weights of kBits with integers of x, 4 neighbours along the depth to a lane:
+//   load, low, high   a register of weights; those in the halves of its bytes, with 4 bits
+//   Sum, step         integers; += weights * x, of up to a group
+//   value             as float, given the sum of x
 #if LMK_BF16_DOT
-// vpdpbusd multiplies unsigned by signed bytes: x = 256 high + low, both signed, in a word and a sum each.
+// vpdpbusd multiplies unsigned by signed bytes.
+template <int kBits>
 struct Integers {
   using W = __m512i;
-  struct Sum {
-    __m512i high, low;
-  };
-  static constexpr int kLargest = 127 * 256 + 127;
+  using Sum = __m512i;
   static W load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static W low(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static W high(W w) { return low(_mm512_srli_epi16(w, 4)); }
-  static Sum start(const int32_t* s) { return {_mm512_set1_epi32(s[0]), _mm512_set1_epi32(s[1])}; }
-  static void step(Sum& sum, W w, const uint32_t* x) {
-    sum.high = _mm512_dpbusd_epi32(sum.high, w, _mm512_set1_epi32(int(x[0])));
-    sum.low = _mm512_dpbusd_epi32(sum.low, w, _mm512_set1_epi32(int(x[1])));
-  }
-  static Vec<float> value(Sum sum) {
-    return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low))};
-  }
-  // x (32,) to words (8, 2) and to -zero times the sums of both parts, added to starts[2]
-  static void pack(const float* x, float factor, int zero, uint32_t* words, int32_t* starts) {
-    __m512i highs = _mm512_setzero_si512(), lows = highs;
-    for (int i = 0; i < 32; i += 16) {
-      const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
-      const __m128i low_bytes = _mm512_cvtepi32_epi8(v);
-      const __m512i low = _mm512_cvtepi8_epi32(low_bytes);
-      const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(v, low), 8);
-      const __m128i high_bytes = _mm512_cvtepi32_epi8(high);
-      highs = _mm512_add_epi32(highs, high), lows = _mm512_add_epi32(lows, low);
-      __m128i* dst = reinterpret_cast<__m128i*>(words + i / 2);
-      _mm_storeu_si128(dst, _mm_unpacklo_epi32(high_bytes, low_bytes));
-      _mm_storeu_si128(dst + 1, _mm_unpackhi_epi32(high_bytes, low_bytes));
-    }
-    starts[0] -= zero * _mm512_reduce_add_epi32(highs);
-    starts[1] -= zero * _mm512_reduce_add_epi32(lows);
+  static Sum zero() { return _mm512_setzero_si512(); }
+  static void step(Sum& sum, W w, int32_t x) { sum = _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)); }
+  static Vec<float> value(Sum sum, int32_t x) {
+    constexpr int kZero = kBits == 4 ? 8 : 128;
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(kZero * x)))};
   }
 };
-#else
-// Products of 16-bit integers: a word holds elements 0 and 2 of the four, the other 1 and 3, as the even and the odd
-// bytes of the weights stand. Sums wrap, and the last one fits.
+#elif LMK_LANES >= 8
+// Products of bytes that are added in pairs of 16 bits, of an unsigned with a signed factor.
 #if LMK_LANES == 16
 struct IntegerVec {
   using W = __m512i;
   static W load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static W broadcast(int32_t x) { return _mm512_set1_epi32(x); }
   static W low(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static W high(W w) { return low(_mm512_srli_epi16(w, 4)); }
-  static W products(W w, uint32_t even, uint32_t odd) {
-    const W evens = _mm512_and_si512(w, _mm512_set1_epi16(255)), odds = _mm512_srli_epi16(w, 8);
-    return add(_mm512_madd_epi16(evens, broadcast(int(even))), _mm512_madd_epi16(odds, broadcast(int(odd))));
-  }
+  static W zero() { return _mm512_setzero_si512(); }
+  static W broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+  static W less_128(W w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
+  static W magnitude(W w) { return _mm512_abs_epi8(w); }
+  static W with_sign(W x, W w) { return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), zero(), x); }
+  static W pairs(W w, W x) { return _mm512_maddubs_epi16(w, x); }
+  static W add_pairs(W a, W b) { return _mm512_add_epi16(a, b); }
+  static W quads(W pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
   static W add(W a, W b) { return _mm512_add_epi32(a, b); }
-  static Vec<float> value(W w) { return {_mm512_cvtepi32_ps(w)}; }
-};
-#elif LMK_LANES == 8
-struct IntegerVec {
-  using W = __m256i;
-  static W load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static W broadcast(int32_t x) { return _mm256_set1_epi32(x); }
-  static W low(W w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
-  static W high(W w) { return low(_mm256_srli_epi16(w, 4)); }
-  static W products(W w, uint32_t even, uint32_t odd) {
-    const W evens = _mm256_and_si256(w, _mm256_set1_epi16(255)), odds = _mm256_srli_epi16(w, 8);
-    return add(_mm256_madd_epi16(evens, broadcast(int(even))), _mm256_madd_epi16(odds, broadcast(int(odd))));
-  }
-  static W add(W a, W b) { return _mm256_add_epi32(a, b); }
-  static Vec<float> value(W w) { return {_mm256_cvtepi32_ps(w)}; }
+  static Vec<float> to_float(W w) { return {_mm512_cvtepi32_ps(w)}; }
 };
 #else
 struct IntegerVec {
-  typedef uint32_t W __attribute__((vector_size(16)));
+  using W = __m256i;
+  static W load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static W low(W w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+  static W high(W w) { return low(_mm256_srli_epi16(w, 4)); }
+  static W zero() { return _mm256_setzero_si256(); }
+  static W broadcast(int32_t x) { return _mm256_set1_epi32(x); }
+  static W less_128(W w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
+  static W magnitude(W w) { return _mm256_abs_epi8(w); }
+  static W with_sign(W x, W w) { return _mm256_sign_epi8(x, w); }
+  static W pairs(W w, W x) { return _mm256_maddubs_epi16(w, x); }
+  static W add_pairs(W a, W b) { return _mm256_add_epi16(a, b); }
+  static W quads(W pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+  static W add(W a, W b) { return _mm256_add_epi32(a, b); }
+  static Vec<float> to_float(W w) { return {_mm256_cvtepi32_ps(w)}; }
+};
+#endif
+// With 4 bits, 8 products of at most 15 * 127 fit in a pair: those of a group.
+template <int kBits>
+struct Integers : IntegerVec {
+  using Sum = W;
+  static void step(Sum& sum, W w, int32_t x) { sum = add_pairs(sum, pairs(w, broadcast(x))); }
+  static Vec<float> value(Sum sum, int32_t x) { return to_float(add(quads(sum), broadcast(-8 * x))); }
+};
+// Two products of at most 128 * 127 fit in a pair where both factors are signed, and the sign of one goes to the other.
+template <>
+struct Integers<8> : IntegerVec {
+  using Sum = W;
+  static W load(const uint8_t* p) { return less_128(IntegerVec::load(p)); }
+  static void step(Sum& sum, W w, int32_t x) {
+    sum = add(sum, quads(pairs(magnitude(w), with_sign(broadcast(x), w))));
+  }
+  static Vec<float> value(Sum sum, int32_t) { return to_float(sum); }
+};
+#else
+template <int kBits>
+struct Integers {
+  typedef int32_t W __attribute__((vector_size(16)));
+  using Sum = W;
   static W load(const uint8_t* p) {
     W w;
     memcpy(&w, p, sizeof(w));
     return w;
   }
-  static W broadcast(int32_t x) { return W{} + uint32_t(x); }
-  static W low(W w) { return w & 0x0f0f0f0fu; }
-  static W high(W w) { return (w >> 4) & 0x0f0f0f0fu; }
-  static uint32_t half(uint32_t x, int i) { return uint32_t(int32_t(int16_t(x >> (16 * i)))); }
-  static W products(W w, uint32_t even, uint32_t odd) {
-    return (w & 255u) * half(even, 0) + (w >> 16 & 255u) * half(even, 1) + (w >> 8 & 255u) * half(odd, 0) +
-           (w >> 24) * half(odd, 1);
+  static W low(W w) { return w & 0x0f0f0f0f; }
+  static W high(W w) { return (w >> 4) & 0x0f0f0f0f; }
+  static Sum zero() { return Sum{}; }
+  static void step(Sum& sum, W w, int32_t x) {
+    for (int i = 0; i < 32; i += 8) sum += ((w >> i) & 255) * int32_t(int8_t(x >> i));
   }
-  static W add(W a, W b) { return a + b; }
-  static Vec<float> value(W w) {
+  static Vec<float> value(Sum sum, int32_t x) {
     float lanes[4];
-    for (int i = 0; i < 4; ++i) lanes[i] = float(int32_t(w[i]));
+    for (int i = 0; i < 4; ++i) lanes[i] = float(sum[i] - (kBits == 4 ? 8 : 128) * x);
     return Vec<float>::load(lanes);
   }
 };
 #endif
-struct Integers : IntegerVec {
-  struct Sum {
-    W v;
-  };
-  static constexpr int kLargest = 127 * 256 + 127;
-  static Sum start(const int32_t* s) { return {broadcast(s[0])}; }
-  static void step(Sum& sum, W w, const uint32_t* x) { sum.v = add(sum.v, products(w, x[0], x[1])); }
-  static Vec<float> value(Sum sum) { return IntegerVec::value(sum.v); }
-  static void pack(const float* x, float factor, int zero, uint32_t* words, int32_t* starts) {
-    int32_t v[32], sum = 0;
-    for (int i = 0; i < 32; i += Vec<float>::kLanes) {
-      float lanes[Vec<float>::kLanes];
-      const Vec<float> rounded = round_small(Vec<float>::load(x + i) * Vec<float>::set1(factor));
-      rounded.store(lanes);
-      for (int l = 0; l < Vec<float>::kLanes; ++l) v[i + l] = int32_t(lanes[l]);
-    }
-    for (int i = 0; i < 32; ++i) sum += v[i];
-    for (int i = 0; i < 8; ++i) {
-      words[2 * i] = uint32_t(v[4 * i] & 0xffff) | uint32_t(v[4 * i + 2]) << 16;
-      words[2 * i + 1] = uint32_t(v[4 * i + 1] & 0xffff) | uint32_t(v[4 * i + 3]) << 16;
-    }
-    starts[0] -= zero * sum;
+
+constexpr int kLargestLevel = 127;
+
+// levels (n,) = x (n,) * factor, rounded; n is a multiple of 16.
+inline void round_to_levels(const float* x, float factor, int64_t n, int8_t* levels) {
+#if LMK_LANES == 16
+  for (int64_t i = 0; i < n; i += 16) {
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + i), _mm512_cvtepi32_epi8(rounded));
   }
-};
+#elif LMK_LANES == 8
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor)));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(levels + i), _mm_packs_epi16(words, words));
+  }
+#else
+  for (int64_t i = 0; i < n; i += Vec<float>::kLanes) {
+    float lanes[Vec<float>::kLanes];
+    round_small(Vec<float>::load(x + i) * Vec<float>::set1(factor)).store(lanes);
+    for (int l = 0; l < Vec<float>::kLanes; ++l) levels[i + l] = int8_t(lanes[l]);
+  }
 #endif
+}
+
+inline int32_t sum_of_levels(const int8_t* levels, int64_t n) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += levels[i];
+  return sum;
+}
 
 #if LMK_LANES == 16
 constexpr int kTileOfRows = 4, kTilePanels = 2;
@@ -157,16 +162,22 @@ void pack_quantized_x(const QuantizedArgs& a, int64_t row, void* scratch) {
   const float most = reduce_max(largest), none = reduce_add(nothing);
   constexpr float kTiny = 1e-33f;  // whose factor is still finite
   const bool finite = none == 0.f;
-  const float factor = finite ? float(Integers::kLargest) / (most > kTiny ? most : kTiny) : 0.f;
+  const float factor = finite ? float(kLargestLevel) / (most > kTiny ? most : kTiny) : 0.f;
   a.x_scales[row] = finite ? 1.f / factor : none;
   if (!finite)
     for (int64_t k = 0; k < a.padded; ++k) x[k] = 0.f;
-  uint32_t* words = a.words + row * a.padded / 2;
-  int32_t* starts = a.starts + row * a.groups * 2;
+  int8_t* levels = a.levels + row * a.levels_row;
+  round_to_levels(x, factor, a.padded, levels);
+  for (int64_t k = a.padded; k < a.levels_row; ++k) levels[k] = 0;
   const int64_t group = a.bits == 4 ? kWeightGroup : kByteGroup;
-  for (int64_t i = 0; i < a.groups * 2; ++i) starts[i] = 0;
-  for (int64_t k = 0; k < a.padded; k += kWeightGroup)
-    Integers::pack(x + k, factor, a.bits == 4 ? 8 : 128, words + k / 2, starts + k / group * 2);
+  for (int64_t i = 0, k = 0; k < a.padded; ++i, k += group)
+    a.sums[row * a.groups + i] = sum_of_levels(levels + k, a.padded - k < group ? a.padded - k : group);
+}
+
+inline int32_t four_levels(const int8_t* levels) {
+  int32_t four;
+  memcpy(&four, levels, 4);
+  return four;
 }
 
 // The scales of a vector of columns.
@@ -182,6 +193,7 @@ template <int kBits, int kRows, int kPanels>
 [[gnu::noinline]] void quantized_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
                                       float* product, int64_t product_row) {
   using V = Vec<float>;
+  using I = Integers<kBits>;
   constexpr int kVecs = kPanels * kPanelVecs;
   constexpr int64_t kStepBytes = kPanelCols * 4, kGroupSteps = kWeightGroup / 4;
   const int64_t panels = (a.cols + kPanelCols - 1) / kPanelCols;
@@ -199,9 +211,8 @@ template <int kBits, int kRows, int kPanels>
   constexpr int64_t kFarthest = 32 * 1024;
   int64_t ahead = panel_bytes * kPanels < kFarthest ? panel_bytes * kPanels : kFarthest;
   if (last && a.next.data) ahead = a.next.data - reinterpret_cast<const char*>(data[0]);
-  const uint32_t* words = a.words + row * a.padded / 2;
-  const int32_t* starts = a.starts + row * a.groups * 2;
-  const int64_t words_row = a.padded / 2, starts_row = a.groups * 2;
+  const int8_t* levels = a.levels + row * a.levels_row;
+  const int32_t* sums = a.sums + row * a.groups;
   V total[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -209,28 +220,28 @@ template <int kBits, int kRows, int kPanels>
     for (int v = 0; v < kVecs; ++v) total[r][v] = V::zero();
   int64_t left = a.padded / 4;  // steps
   for (int64_t group = 0; group < a.groups; ++group) {
-    Integers::Sum sum[kRows][kVecs];
+    typename I::Sum sum[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) sum[r][v] = Integers::start(starts + r * starts_row);
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = I::zero();
     if constexpr (kBits == 4) {
       for (int i = 0; i < kGroupSteps / 2; ++i) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
           const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
           if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          const Integers::W w = Integers::load(p), low = Integers::low(w), high = Integers::high(w);
+          const typename I::W w = I::load(p), low = I::low(w), high = I::high(w);
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
-            Integers::step(sum[r][v], low, words + r * words_row);
-            Integers::step(sum[r][v], high, words + r * words_row + kGroupSteps);
+            I::step(sum[r][v], low, four_levels(levels + r * a.levels_row));
+            I::step(sum[r][v], high, four_levels(levels + r * a.levels_row + kWeightGroup / 2));
           }
         }
-        words += 2;
+        levels += 4;
         for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
       }
-      words += kGroupSteps;
+      levels += kWeightGroup / 2;
     } else {
       constexpr int64_t kSteps = kByteGroup / 4;
       const int64_t steps = left < kSteps ? left : kSteps;
@@ -240,25 +251,23 @@ template <int kBits, int kRows, int kPanels>
         for (int v = 0; v < kVecs; ++v) {
           const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
           if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          const Integers::W w = Integers::load(p);
+          const typename I::W w = I::load(p);
 #pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) Integers::step(sum[r][v], w, words + r * words_row);
+          for (int r = 0; r < kRows; ++r) I::step(sum[r][v], w, four_levels(levels + r * a.levels_row));
         }
-        words += 2;
+        levels += 4;
         for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
       }
     }
-    starts += 2;
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       V scale = V::set1(1.f);
       if constexpr (kBits == 4) scale = load_scales(scales_of(v / kPanelVecs, group) + v % kPanelVecs * LMK_LANES);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        if constexpr (kBits == 4)
-          total[r][v] = fma(Integers::value(sum[r][v]), scale, total[r][v]);
-        else
-          total[r][v] = total[r][v] + Integers::value(sum[r][v]);
+      for (int r = 0; r < kRows; ++r) {
+        const V value = I::value(sum[r][v], sums[r * a.groups + group]);
+        total[r][v] = kBits == 4 ? fma(value, scale, total[r][v]) : total[r][v] + value;
+      }
     }
   }
 #pragma GCC unroll 8
@@ -290,7 +299,213 @@ void quantized_rows(const QuantizedArgs& a, int64_t rows, int64_t row, int64_t p
 
 inline int64_t product_cols(const QuantizedArgs& a) { return round_up(a.panels_per_task, kTilePanels) * kPanelCols; }
 
+#if LMK_TILES
+// More rows than these are multiplied in tiles, with the same bits.
+constexpr int64_t kFewLevels = 16;
+constexpr int64_t kTileBytes = 1024, kTileDepth = 64;
+
+inline bool goes_by_tiles(const QuantizedArgs& a) { return a.rows > kFewLevels && a.groups > 0; }
+
+// sums (32, 32) = levels (upper and lower rows) times `depth` bytes of each of 16 columns of two panels.
+template <bool kLower>
+void multiply_byte_tiles(const int8_t* levels, int64_t levels_row, int64_t upper, const uint8_t* left,
+                         const uint8_t* right, int64_t depth, const uint8_t* fetch, int64_t fetch_right,
+                         int32_t* sums) {
+  constexpr int64_t kSumsRow = 2 * kTileSide * 4;
+  const int8_t* lower = levels + upper * levels_row;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kLower) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const auto step = [&](const uint8_t* b0, const uint8_t* b1, int64_t k) {
+    _tile_loadd(6, b0, 64);
+    _tile_loadd(4, levels + k, levels_row);
+    _tile_loadd(7, b1, 64);
+    _tile_dpbsud(0, 4, 6);
+    if constexpr (kLower) _tile_loadd(5, lower + k, levels_row);
+    _tile_dpbsud(1, 4, 7);
+    if constexpr (kLower) {
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kTileDepth <= depth; k += kTileDepth) {
+    if (fetch)
+      for (int64_t i = 0; i < kTileBytes; i += 64) {
+        fetch_to_l2(fetch + k * kPanelCols + i);
+        fetch_to_l2(fetch + fetch_right + k * kPanelCols + i);
+      }
+    step(left + k * kPanelCols, right + k * kPanelCols, k);
+  }
+  if (k < depth) {  // half a tile, and levels of zero
+    alignas(64) uint8_t rest[2][kTileBytes] = {};
+    memcpy(rest[0], left + k * kPanelCols, size_t((depth - k) * kPanelCols));
+    memcpy(rest[1], right + k * kPanelCols, size_t((depth - k) * kPanelCols));
+    step(rest[0], rest[1], k);
+  }
+  _tile_stored(0, sums, kSumsRow);
+  _tile_stored(1, sums + kTileSide, kSumsRow);
+  if constexpr (kLower) {
+    _tile_stored(2, sums + upper * 2 * kTileSide, kSumsRow);
+    _tile_stored(3, sums + upper * 2 * kTileSide + kTileSide, kSumsRow);
+  }
+}
+
+// product (rows, 32) = x times two panels of bytes, of which the second may be missing; up to 32 rows.
+void byte_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, bool fetch, bool last, float* product,
+                int64_t product_row) {
+  using V = Vec<float>;
+  const int64_t panel_bytes = a.padded * kPanelCols;
+  const int64_t second = (panel + 1) * kPanelCols < a.cols ? panel + 1 : panel;
+  const uint8_t *left = a.data + panel * panel_bytes, *right = a.data + second * panel_bytes;
+  const uint8_t* next = fetch ? right + panel_bytes : nullptr;
+  int64_t next_right = panel_bytes;
+  if (fetch && last) next = reinterpret_cast<const uint8_t*>(a.next.data);
+  const float* scales = static_cast<const float*>(a.scales);
+  const V scale[2] = {V::load(scales + panel * kPanelCols), V::load(scales + second * kPanelCols)};
+  const int64_t upper = rows < kTileSide ? rows : kTileSide;
+  alignas(64) int32_t sums[2 * kTileSide][2 * kTileSide];
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const int64_t k = group * kByteGroup, depth = a.padded - k < kByteGroup ? a.padded - k : kByteGroup;
+    const int8_t* levels = a.levels + row * a.levels_row + k;
+    const uint8_t *b0 = left + k * kPanelCols, *b1 = right + k * kPanelCols;
+    const uint8_t* ahead = next ? next + k * kPanelCols : nullptr;
+    if (rows > upper)
+      multiply_byte_tiles<true>(levels, a.levels_row, upper, b0, b1, depth, ahead, next_right, sums[0]);
+    else
+      multiply_byte_tiles<false>(levels, a.levels_row, upper, b0, b1, depth, ahead, next_right, sums[0]);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int32_t x = a.sums[(row + r) * a.groups + group];
+      const V unit = V::set1(a.x_scales[row + r]);
+      for (int i = 0; i < 2; ++i) {
+        float* dst = product + r * product_row + i * kPanelCols;
+        V y = Integers<8>::value(_mm512_load_si512(sums[r] + i * kTileSide), x);
+        if (group > 0) y = V::load(dst) + y;
+        if (group + 1 == a.groups) y = y * unit * scale[i];
+        y.store(dst);
+      }
+    }
+  }
+}
+
+// bytes (padded / 4, 16, 4) = a panel of 4 bits, signed
+void spread_panel(const uint8_t* panel, int64_t padded, int8_t* bytes) {
+  const __m512i zero = _mm512_set1_epi8(8);
+  for (int64_t k = 0; k < padded; k += kWeightGroup)
+    for (int i = 0; i < 4; ++i) {
+      const __m512i w = Integers<4>::load(panel + k * kPanelCols / 2 + i * 64);
+      int8_t* dst = bytes + k * kPanelCols + i * 64;
+      _mm512_store_si512(dst, _mm512_sub_epi8(Integers<4>::low(w), zero));
+      _mm512_store_si512(dst + 4 * 64, _mm512_sub_epi8(Integers<4>::high(w), zero));
+    }
+}
+
+inline void configure_group_tiles(int64_t rows) {
+  TileShapes s;
+  for (int i = 0; i < 4; ++i) s.set(i, rows, kTileSide);
+  for (int i = 4; i < 6; ++i) s.set(i, rows, kWeightGroup / 4), s.set(i + 2, kWeightGroup / 4, kTileSide);
+  s.load();
+}
+
+// product (rows, 16) = x times a panel of 4 bits that is spread to bytes; up to 16 rows. The products of four groups are
+// under way at once, in as many tiles.
+void group_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, const int8_t* bytes, float* product,
+                 int64_t product_row) {
+  const int8_t* levels = a.levels + row * a.levels_row;
+  const uint16_t* scales = static_cast<const uint16_t*>(a.scales) + panel * a.groups * kPanelCols;
+  constexpr int64_t kGroupBytes = kWeightGroup * kPanelCols;
+  alignas(64) int32_t sums[4][kTileSide][kTileSide] = {};
+  __m512 total[kTileSide];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileSide; ++r) total[r] = _mm512_setzero_ps();
+  const auto join = [&](int64_t group, const int32_t (&sum)[kTileSide][kTileSide]) {
+    const __m512 scale = load_scales(scales + group * kPanelCols).v;
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileSide; ++r)
+      total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sum[r])), scale, total[r]);
+  };
+  int64_t group = 0;
+  for (; group + 4 <= a.groups; group += 4) {
+    const int8_t *x = levels + group * kWeightGroup, *w = bytes + group * kGroupBytes;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, x, a.levels_row);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(5, x + kWeightGroup, a.levels_row);
+    _tile_loadd(7, w + kGroupBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 5, 7);
+    _tile_loadd(4, x + 2 * kWeightGroup, a.levels_row);
+    _tile_loadd(6, w + 2 * kGroupBytes, 64);
+    _tile_loadd(5, x + 3 * kWeightGroup, a.levels_row);
+    _tile_loadd(7, w + 3 * kGroupBytes, 64);
+    _tile_dpbssd(2, 4, 6);
+    _tile_dpbssd(3, 5, 7);
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int i = 0; i < 4; ++i) join(group + i, sums[i]);
+  }
+  for (; group < a.groups; ++group) {
+    _tile_zero(0);
+    _tile_loadd(4, levels + group * kWeightGroup, a.levels_row);
+    _tile_loadd(6, bytes + group * kGroupBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_stored(0, sums[0], 64);
+    join(group, sums[0]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileSide; ++r)
+    if (r < rows) _mm512_storeu_ps(product + r * product_row, _mm512_mul_ps(total[r], _mm512_set1_ps(a.x_scales[row + r])));
+}
+
+inline int64_t tiles_scratch(const QuantizedArgs& a) {
+  const int64_t cols = product_cols(a);
+  return 2 * kTileSide * cols * int64_t(sizeof(float)) + (a.bits == 4 ? cols * a.padded : 0);
+}
+
+// Rows and panels of a task. The rows of two tiles stay in the L1 cache, where the panels pass by.
+void run_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, int64_t panels, int64_t cols,
+               void* scratch) {
+  constexpr int64_t kRows = 2 * kTileSide;
+  const int64_t ld = product_cols(a), panel_bytes = a.padded * kPanelCols;
+  float* product = static_cast<float*>(scratch);
+  int8_t* bytes = reinterpret_cast<int8_t*>(product + kRows * ld);
+  if (a.bits == 4)
+    for (int64_t p = 0; p < panels; ++p)
+      spread_panel(a.data + (panel + p) * panel_bytes / 2, a.padded, bytes + p * panel_bytes);
+  int64_t configured = 0;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t n = rows - r < kRows ? rows - r : kRows, upper = n < kTileSide ? n : kTileSide;
+    if (a.bits == 8) {
+      if (configured != n) configure_tiles(upper, n - upper), configured = n;
+      for (int64_t p = 0; p < panels; p += 2)
+        byte_tiles(a, row + r, n, panel + p, r == 0, p + 2 >= panels, product + p * kPanelCols, ld);
+    } else {
+      for (int64_t half = 0; half < n; half += kTileSide) {
+        const int64_t have = n - half < kTileSide ? n - half : kTileSide;
+        if (configured != have) configure_group_tiles(have), configured = have;
+        for (int64_t p = 0; p < panels; ++p)
+          group_tiles(a, row + r + half, have, panel + p, bytes + p * panel_bytes,
+                      product + half * ld + p * kPanelCols, ld);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) finish_row(a.epilogue, row + r + i, panel * kPanelCols, cols, product + i * ld);
+  }
+  _tile_release();
+}
+#endif
+
 inline int64_t quantized_scratch(const QuantizedArgs& a) {
+#if LMK_TILES
+  if (goes_by_tiles(a)) return tiles_scratch(a);
+#endif
   return a.rows_per_task * product_cols(a) * int64_t(sizeof(float));
 }
 
@@ -300,6 +515,9 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   const int64_t rows = a.rows - row < a.rows_per_task ? a.rows - row : a.rows_per_task;
   const int64_t col = panel * kPanelCols, most = a.panels_per_task * kPanelCols;
   const int64_t cols = a.cols - col < most ? a.cols - col : most, ld = product_cols(a);
+#if LMK_TILES
+  if (goes_by_tiles(a)) return run_tiles(a, row, rows, panel, (cols + kPanelCols - 1) / kPanelCols, cols, scratch);
+#endif
   const int64_t tiles = (rows + kTileOfRows - 1) / kTileOfRows;
   float* product = static_cast<float*>(scratch);
   int64_t p = 0;
@@ -320,8 +538,14 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   for (int64_t r = 0; r < rows; ++r) finish_row(a.epilogue, row + r, col, cols, product + r * ld);
 }
 
+#if LMK_TILES
+constexpr int64_t kMostRows = 512, kWidePanels = 24;
+#else
+constexpr int64_t kMostRows = 64, kWidePanels = 8;
+#endif
+
 constexpr QuantizedKernels kQuantized[] = {
-    {kTilePanels, quantized_pack_scratch, pack_quantized_x, quantized_scratch, run_quantized}};
+    {kTilePanels, kMostRows, kWidePanels, quantized_pack_scratch, pack_quantized_x, quantized_scratch, run_quantized}};
 
 }  // namespace
 }  // namespace LMK_NS

@@ -76,8 +76,9 @@ struct Micro {
   uint16_t (*to_f16)(float x);
   float (*from_f16)(uint16_t half);
   // y (lanes,): x (32,), times factor and rounded, times the weights less zero. weights: 4 bytes of each lane, one per
-  // element of x, 8 times; with 4 bits the low halves of 4 times 4 bytes, and then the high halves
-  void (*integer_dot)(int bits, const float* x, float factor, int zero, const uint8_t* weights, float* y);
+  // element of x, 8 times; with 4 bits (the second function) the low
+  // halves of 4 times 4 bytes, and then the high halves
+  void (*integer_dot[2])(const float* x, float factor, const uint8_t* weights, float* y);
   PhiloxFn philox[3];
 };
 

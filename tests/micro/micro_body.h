@@ -159,21 +159,22 @@ struct Products {
 };
 
 // As quantized_tile goes through one group of weights.
-void integer_dot(int bits, const float* x, float factor, int zero, const uint8_t* weights, float* y) {
+template <int kBits>
+void integer_dot(const float* x, float factor, const uint8_t* weights, float* y) {
+  using I = Integers<kBits>;
   constexpr int kSteps = kWeightGroup / 4, kBytes = LMK_LANES * 4;
-  uint32_t words[2 * kSteps];
-  int32_t starts[2] = {0, 0};
-  Integers::pack(x, factor, zero, words, starts);
-  Integers::Sum sum = Integers::start(starts);
-  if (bits == 4)
+  int8_t levels[kWeightGroup];
+  round_to_levels(x, factor, kWeightGroup, levels);
+  typename I::Sum sum = I::zero();
+  if constexpr (kBits == 4)
     for (int i = 0; i < kSteps / 2; ++i) {
-      const Integers::W w = Integers::load(weights + i * kBytes);
-      Integers::step(sum, Integers::low(w), words + 2 * i);
-      Integers::step(sum, Integers::high(w), words + 2 * i + kSteps);
+      const typename I::W w = I::load(weights + i * kBytes);
+      I::step(sum, I::low(w), four_levels(levels + 4 * i));
+      I::step(sum, I::high(w), four_levels(levels + 4 * i + kWeightGroup / 2));
     }
   else
-    for (int i = 0; i < kSteps; ++i) Integers::step(sum, Integers::load(weights + i * kBytes), words + 2 * i);
-  Integers::value(sum).store(y);
+    for (int i = 0; i < kSteps; ++i) I::step(sum, I::load(weights + i * kBytes), four_levels(levels + 4 * i));
+  I::value(sum, sum_of_levels(levels, kWeightGroup)).store(y);
 }
 
 constexpr Micro kMicro[] = {{
@@ -202,7 +203,7 @@ constexpr Micro kMicro[] = {{
     to_bf16,
     to_f16,
     from_f16,
-    integer_dot,
+    {integer_dot<8>, integer_dot<4>},
     {{1, philox<1>}, {4, philox<4>}, {16, philox<16>}},
 }};
 
