@@ -1,5 +1,5 @@
 // out = activation(product + bias) + residual on a part of a row, and what the activation was applied to. Included once
-// per instruction set after rows.h and activation_body.h, hence no include guard.
+// per instruction set after elements.h and activation_body.h, hence no include guard.
 
 namespace lmk {
 namespace LMK_NS {
@@ -31,33 +31,52 @@ void gate_row(Activation activation, DType dtype, const void* gate, int64_t n, T
   }
 }
 
-// What finish_row does without a gate where all tensors hold T, in whole vectors: a single pass.
-template <class T>
-void finish_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, const T* product) {
-  using V = Vec<T>;
+// What finish_row does without a gate in whole vectors: a single pass. All tensors hold E, the bias B.
+template <class E, class B>
+void finish_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, const Acc<E>* product) {
+  using V = Vec<Acc<E>>;
+  constexpr int64_t kLanes = V::kLanes;
   const int64_t at = row * e.out_row + col;
-  T *out = static_cast<T*>(e.out) + at, *pre = e.pre ? static_cast<T*>(e.pre) + at : nullptr;
-  const T* bias = e.bias ? static_cast<const T*>(e.bias) + col : nullptr;
-  const T* residual = e.residual ? static_cast<const T*>(e.residual) + row * e.residual_row + col : nullptr;
-  for (int64_t i = 0; i < n; i += V::kLanes) {
+  E *out = static_cast<E*>(e.out) + at, *pre = e.pre ? static_cast<E*>(e.pre) + at : nullptr;
+  const B* bias = e.bias ? static_cast<const B*>(e.bias) + col : nullptr;
+  const E* residual = e.residual ? static_cast<const E*>(e.residual) + row * e.residual_row + col : nullptr;
+  const auto finished = [&](int64_t i) {
     V x = V::load(product + i);
-    if (bias) x = x + V::load(bias + i);
-    if (pre) x.store(pre + i);
-    if (e.activation != Activation::none) x = activate<T>(e.activation, x);
-    if (residual) x = x + V::load(residual + i);
-    x.store(out + i);
+    if (bias) x = x + load_vec(bias + i);
+    if (pre) store_vec(x, pre + i);
+    if (e.activation != Activation::none) x = activate<Acc<E>>(e.activation, x);
+    return residual ? x + load_vec(residual + i) : x;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const V one = finished(i), other = finished(i + kLanes);
+    store_pair(one, other, out + i);
     __builtin_prefetch(out + 4 * e.out_row + i, 1, 3);  // rows lie pages apart
   }
+  if (i < n) store_vec(finished(i), out + i);
+}
+
+// Whether finish_vectors has done it.
+inline bool finishes_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, const double* product) {
+  return finish_vectors<double, double>(e, row, col, n, product), true;
+}
+inline bool finishes_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, const float* product) {
+  const bool alike = !e.bias || e.bias_dtype == e.dtype, single = e.bias_dtype == DType::f32;
+  if (e.dtype == DType::f32 && alike) return finish_vectors<float, float>(e, row, col, n, product), true;
+  if (e.dtype == DType::bf16 && alike) return finish_vectors<Bf16, Bf16>(e, row, col, n, product), true;
+  if (e.dtype == DType::bf16 && single) return finish_vectors<Bf16, float>(e, row, col, n, product), true;
+  if (e.dtype == DType::f16 && alike) return finish_vectors<F16, F16>(e, row, col, n, product), true;
+  if (e.dtype == DType::f16 && single) return finish_vectors<F16, float>(e, row, col, n, product), true;
+  return false;
 }
 
 // product: n elements of a row of the product from column `col` on, which are overwritten, and room for whole vectors.
 template <class T>
 void finish_row(const Epilogue& e, int64_t row, int64_t col, int64_t n, T* product) {
   const int64_t size = element_size(e.dtype);
-  const auto holds_t = [](DType dtype) { return element_size(dtype) == int64_t(sizeof(T)); };
-  if (!e.gate && n % Vec<T>::kLanes == 0 && holds_t(e.dtype) && (!e.pre || holds_t(e.pre_dtype)) &&
-      (!e.bias || holds_t(e.bias_dtype)))
-    return finish_vectors(e, row, col, n, product);
+  if (!e.gate && n % Vec<T>::kLanes == 0 && (!e.pre || e.pre_dtype == e.dtype) &&
+      finishes_vectors(e, row, col, n, product))
+    return;
   if (e.bias) add_row(e.bias_dtype, static_cast<const char*>(e.bias) + col * element_size(e.bias_dtype), n, product);
   const int64_t inner = (row * e.out_row + col) * element_size(e.pre_dtype);
   if (e.pre) store_row(e.pre_dtype, product, n, static_cast<char*>(e.pre) + inner);

@@ -5,6 +5,7 @@
 #include "activation_body.h"
 #include "gemm.h"
 #include "rows.h"
+#include "elements.h"
 #include "epilogue_body.h"
 #include "matmul.h"
 

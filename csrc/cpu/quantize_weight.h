@@ -37,7 +37,7 @@ struct QuantizedArgs {
   int8_t* levels;      // (rows, levels_row): x in integers, zero from depth on
   int64_t levels_row;  // of levels_row(depth)
   int32_t* sums;       // (rows, groups): of the levels
-  float* x_scales;  // (rows,)
+  float* x_scales;     // (rows,)
   int64_t panels_per_task, rows_per_task;
   Ahead next;    // is fetched at the end of a task
   bool streams;  // whether one row reads 8 bits from kStreams panels in turn, where a task has so many
@@ -56,8 +56,8 @@ struct QuantizedKernels {
 
 const QuantizedKernels& quantized_kernels();
 
-// Bytes from one row of levels to the next: whole tiles, and an odd number of cache lines, so that rows keep out of each
-// other's sets of the L1 cache.
+// Bytes from one row of levels to the next: whole tiles, and an odd number of cache lines, so that rows keep out of
+// each other's sets of the L1 cache.
 constexpr int64_t levels_row(int64_t depth) { return ((depth + 63) / 64 | 1) * 64; }
 
 }  // namespace lmk

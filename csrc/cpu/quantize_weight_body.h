@@ -5,6 +5,7 @@
 #include "activation_body.h"
 #include "gemm.h"
 #include "rows.h"
+#include "elements.h"
 #include "epilogue_body.h"
 
 namespace lmk {
@@ -80,9 +81,7 @@ template <>
 struct Integers<8> : IntegerVec {
   using Sum = W;
   static W load(const uint8_t* p) { return less_128(IntegerVec::load(p)); }
-  static void step(Sum& sum, W w, int32_t x) {
-    sum = add(sum, quads(pairs(magnitude(w), with_sign(broadcast(x), w))));
-  }
+  static void step(Sum& sum, W w, int32_t x) { sum = add(sum, quads(pairs(magnitude(w), with_sign(broadcast(x), w)))); }
   static Vec<float> value(Sum sum, int32_t) { return to_float(sum); }
 };
 #else
@@ -133,10 +132,21 @@ inline void round_to_levels(const float* x, float factor, int64_t n, int8_t* lev
 #endif
 }
 
+// n is a multiple of 32
 inline int32_t sum_of_levels(const int8_t* levels, int64_t n) {
+#if LMK_BF16_DOT
+  __m256i sum = _mm256_setzero_si256();
+  for (int64_t i = 0; i < n; i += 32)
+    sum =
+        _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels + i)));
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  const __m128i quarter = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(quarter, _mm_shuffle_epi32(quarter, 0xb1)));
+#else
   int32_t sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += levels[i];
   return sum;
+#endif
 }
 
 #if LMK_LANES == 16
@@ -148,22 +158,39 @@ constexpr int kPanelVecs = kPanelCols / LMK_LANES;
 
 inline int64_t quantized_pack_scratch(const QuantizedArgs& a) { return a.padded * int64_t(sizeof(float)); }
 
-void pack_quantized_x(const QuantizedArgs& a, int64_t row, void* scratch) {
+// x (padded,) = a row (n,) as float; returns the largest |x|, infinity or NaN if there is one.
+template <class E>
+float widen_row(const E* row, int64_t n, int64_t padded, float* x) {
   using V = Vec<float>;
+  constexpr int64_t kStep = 4 * V::kLanes;  // so that no vector waits for the one before
+  V largest[4], nothing[4];
+  for (int j = 0; j < 4; ++j) largest[j] = nothing[j] = V::zero();
+  int64_t i = 0;
+  const auto take = [&](V v, int j) {
+    v.store(x + i);
+    largest[j] = max(max(v, V::zero() - v), largest[j]);
+    nothing[j] = fma(v, V::zero(), nothing[j]);  // NaN where x is not finite
+  };
+  for (; i + kStep <= n;)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, i += V::kLanes) take(load_vec(row + i), j);
+  for (int64_t k = i; k < n; ++k) x[k] = widen(row[k]);
+  for (int64_t k = n; k < padded; ++k) x[k] = 0.f;
+  for (; i < padded; i += V::kLanes) take(V::load(x + i), 0);
+  const V most = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+  return reduce_max(most) + reduce_add((nothing[0] + nothing[1]) + (nothing[2] + nothing[3]));
+}
+
+void pack_quantized_x(const QuantizedArgs& a, int64_t row, void* scratch) {
   float* x = static_cast<float*>(scratch);
-  load_row(a.dtype, static_cast<const char*>(a.x) + row * a.x_row * element_size(a.dtype), a.depth, x);
-  for (int64_t k = a.depth; k < a.padded; ++k) x[k] = 0.f;
-  V largest = V::zero(), nothing = V::zero();
-  for (int64_t k = 0; k < a.padded; k += V::kLanes) {
-    const V v = V::load(x + k);
-    largest = max(max(v, V::zero() - v), largest);
-    nothing = fma(v, V::zero(), nothing);  // NaN where x is not finite
-  }
-  const float most = reduce_max(largest), none = reduce_add(nothing);
+  const char* src = static_cast<const char*>(a.x) + row * a.x_row * element_size(a.dtype);
+  const float most = a.dtype == DType::f32    ? widen_row(reinterpret_cast<const float*>(src), a.depth, a.padded, x)
+                     : a.dtype == DType::bf16 ? widen_row(reinterpret_cast<const Bf16*>(src), a.depth, a.padded, x)
+                                              : widen_row(reinterpret_cast<const F16*>(src), a.depth, a.padded, x);
   constexpr float kTiny = 1e-33f;  // whose factor is still finite
-  const bool finite = none == 0.f;
+  const bool finite = most - most == 0.f;
   const float factor = finite ? float(kLargestLevel) / (most > kTiny ? most : kTiny) : 0.f;
-  a.x_scales[row] = finite ? 1.f / factor : none;
+  a.x_scales[row] = finite ? 1.f / factor : most - most;
   if (!finite)
     for (int64_t k = 0; k < a.padded; ++k) x[k] = 0.f;
   int8_t* levels = a.levels + row * a.levels_row;
@@ -304,15 +331,77 @@ inline int64_t product_cols(const QuantizedArgs& a) { return round_up(a.panels_p
 constexpr int64_t kFewLevels = 16;
 constexpr int64_t kTileBytes = 1024, kTileDepth = 64;
 
-inline bool goes_by_tiles(const QuantizedArgs& a) { return a.rows > kFewLevels && a.groups > 0; }
+inline bool goes_by_tiles(const QuantizedArgs& a) { return a.rows > kFewLevels && (a.bits == 4 || a.groups == 1); }
 
-// sums (32, 32) = levels (upper and lower rows) times `depth` bytes of each of 16 columns of two panels.
-template <bool kLower>
-void multiply_byte_tiles(const int8_t* levels, int64_t levels_row, int64_t upper, const uint8_t* left,
-                         const uint8_t* right, int64_t depth, const uint8_t* fetch, int64_t fetch_right,
-                         int32_t* sums) {
+// Two by two tiles of sums, of which any may be empty.
+struct TileBlock {
+  int64_t row, rows = 0, col, cols;
+  alignas(64) int32_t sums[2 * kTileSide][2 * kTileSide];
+};
+
+inline Vec<float> value_in_block(const QuantizedArgs& a, const TileBlock& b, int64_t r, int half, Vec<float> scale) {
+  const Vec<float> value = Integers<8>::value(_mm512_load_si512(b.sums[r] + half * kTileSide), a.sums[b.row + r]);
+  return value * Vec<float>::set1(a.x_scales[b.row + r]) * scale;
+}
+
+inline Vec<float> block_scales(const QuantizedArgs& a, const TileBlock& b, int half) {
+  return Vec<float>::load(static_cast<const float*>(a.scales) + b.col +
+                          (half * kPanelCols < b.cols ? half * kPanelCols : 0));
+}
+
+// Rows [first, last) of a block, from sums to the result.
+void finish_block(const QuantizedArgs& a, const TileBlock& b, int64_t first, int64_t last) {
+  const Vec<float> scale[2] = {block_scales(a, b, 0), block_scales(a, b, 1)};
+  for (int64_t r = first; r < last; ++r) {
+    float product[2 * kTileSide];
+    for (int i = 0; i < 2; ++i) value_in_block(a, b, r, i, scale[i]).store(product + i * kTileSide);
+    finish_row(a.epilogue, b.row + r, b.col, b.cols, product);
+  }
+}
+
+// The same of a whole block, the result and the residual of which hold E and the bias B.
+template <class E, class B>
+void finish_whole_block(const QuantizedArgs& a, const TileBlock& b, int64_t first, int64_t last) {
+  using V = Vec<float>;
+  const Epilogue& e = a.epilogue;
+  const V scale[2] = {block_scales(a, b, 0), block_scales(a, b, 1)};
+  V bias[2] = {V::zero(), V::zero()};
+  if (e.bias)
+    for (int i = 0; i < 2; ++i) bias[i] = load_vec(static_cast<const B*>(e.bias) + b.col + i * kTileSide);
+  for (int64_t r = first; r < last; ++r) {
+    const E* residual = static_cast<const E*>(e.residual) + (b.row + r) * e.residual_row + b.col;
+    V y[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      y[i] = value_in_block(a, b, r, i, scale[i]);
+      if (e.bias) y[i] = y[i] + bias[i];
+      if (e.activation != Activation::none) y[i] = activate<float>(e.activation, y[i]);
+      if (e.residual) y[i] = y[i] + load_vec(residual + i * kTileSide);
+    }
+    store_pair(y[0], y[1], static_cast<E*>(e.out) + (b.row + r) * e.out_row + b.col);
+  }
+}
+
+using FinishBlock = void (*)(const QuantizedArgs&, const TileBlock&, int64_t first, int64_t last);
+
+FinishBlock finish_of_whole_blocks(const Epilogue& e) {
+  const bool alike = !e.bias || e.bias_dtype == e.dtype, single = e.bias_dtype == DType::f32;
+  if (e.dtype == DType::f32 && alike) return finish_whole_block<float, float>;
+  if (e.dtype == DType::bf16 && alike) return finish_whole_block<Bf16, Bf16>;
+  if (e.dtype == DType::bf16 && single) return finish_whole_block<Bf16, float>;
+  return finish_block;
+}
+
+// block.sums = levels times two panels of bytes, of which the second may be missing. `meanwhile`(i) is called at each
+// of ceil(padded / 64) steps: what vectors do there costs tiles nothing. fetch: the panels behind are read next.
+template <bool kLower, class Meanwhile>
+void multiply_byte_tiles(const QuantizedArgs& a, int64_t panel, const char* fetch, TileBlock& block,
+                         const Meanwhile& meanwhile) {
   constexpr int64_t kSumsRow = 2 * kTileSide * 4;
-  const int8_t* lower = levels + upper * levels_row;
+  const int64_t panel_bytes = a.padded * kPanelCols, ld = a.levels_row;
+  const uint8_t* left = a.data + panel * panel_bytes;
+  const uint8_t* right = block.cols > kPanelCols ? left + panel_bytes : left;
+  const int8_t *upper = a.levels + block.row * ld, *lower = upper + kTileSide * ld;
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kLower) {
@@ -321,74 +410,72 @@ void multiply_byte_tiles(const int8_t* levels, int64_t levels_row, int64_t upper
   }
   const auto step = [&](const uint8_t* b0, const uint8_t* b1, int64_t k) {
     _tile_loadd(6, b0, 64);
-    _tile_loadd(4, levels + k, levels_row);
+    _tile_loadd(4, upper + k, ld);
     _tile_loadd(7, b1, 64);
     _tile_dpbsud(0, 4, 6);
-    if constexpr (kLower) _tile_loadd(5, lower + k, levels_row);
+    if constexpr (kLower) _tile_loadd(5, lower + k, ld);
     _tile_dpbsud(1, 4, 7);
     if constexpr (kLower) {
       _tile_dpbsud(2, 5, 6);
       _tile_dpbsud(3, 5, 7);
     }
+    meanwhile(k / kTileDepth);
   };
   int64_t k = 0;
-  for (; k + kTileDepth <= depth; k += kTileDepth) {
+  for (; k + kTileDepth <= a.padded; k += kTileDepth) {
     if (fetch)
       for (int64_t i = 0; i < kTileBytes; i += 64) {
         fetch_to_l2(fetch + k * kPanelCols + i);
-        fetch_to_l2(fetch + fetch_right + k * kPanelCols + i);
+        fetch_to_l2(fetch + panel_bytes + k * kPanelCols + i);
       }
     step(left + k * kPanelCols, right + k * kPanelCols, k);
   }
-  if (k < depth) {  // half a tile, and levels of zero
+  if (k < a.padded) {  // half a tile, and levels of zero
     alignas(64) uint8_t rest[2][kTileBytes] = {};
-    memcpy(rest[0], left + k * kPanelCols, size_t((depth - k) * kPanelCols));
-    memcpy(rest[1], right + k * kPanelCols, size_t((depth - k) * kPanelCols));
+    memcpy(rest[0], left + k * kPanelCols, kTileBytes / 2);
+    memcpy(rest[1], right + k * kPanelCols, kTileBytes / 2);
     step(rest[0], rest[1], k);
   }
-  _tile_stored(0, sums, kSumsRow);
-  _tile_stored(1, sums + kTileSide, kSumsRow);
+  _tile_stored(0, block.sums[0], kSumsRow);
+  _tile_stored(1, block.sums[0] + kTileSide, kSumsRow);
   if constexpr (kLower) {
-    _tile_stored(2, sums + upper * 2 * kTileSide, kSumsRow);
-    _tile_stored(3, sums + upper * 2 * kTileSide + kTileSide, kSumsRow);
+    _tile_stored(2, block.sums[kTileSide], kSumsRow);
+    _tile_stored(3, block.sums[kTileSide] + kTileSide, kSumsRow);
   }
 }
 
-// product (rows, 32) = x times two panels of bytes, of which the second may be missing; up to 32 rows.
-void byte_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, bool fetch, bool last, float* product,
-                int64_t product_row) {
-  using V = Vec<float>;
-  const int64_t panel_bytes = a.padded * kPanelCols;
-  const int64_t second = (panel + 1) * kPanelCols < a.cols ? panel + 1 : panel;
-  const uint8_t *left = a.data + panel * panel_bytes, *right = a.data + second * panel_bytes;
-  const uint8_t* next = fetch ? right + panel_bytes : nullptr;
-  int64_t next_right = panel_bytes;
-  if (fetch && last) next = reinterpret_cast<const uint8_t*>(a.next.data);
-  const float* scales = static_cast<const float*>(a.scales);
-  const V scale[2] = {V::load(scales + panel * kPanelCols), V::load(scales + second * kPanelCols)};
-  const int64_t upper = rows < kTileSide ? rows : kTileSide;
-  alignas(64) int32_t sums[2 * kTileSide][2 * kTileSide];
-  for (int64_t group = 0; group < a.groups; ++group) {
-    const int64_t k = group * kByteGroup, depth = a.padded - k < kByteGroup ? a.padded - k : kByteGroup;
-    const int8_t* levels = a.levels + row * a.levels_row + k;
-    const uint8_t *b0 = left + k * kPanelCols, *b1 = right + k * kPanelCols;
-    const uint8_t* ahead = next ? next + k * kPanelCols : nullptr;
-    if (rows > upper)
-      multiply_byte_tiles<true>(levels, a.levels_row, upper, b0, b1, depth, ahead, next_right, sums[0]);
-    else
-      multiply_byte_tiles<false>(levels, a.levels_row, upper, b0, b1, depth, ahead, next_right, sums[0]);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int32_t x = a.sums[(row + r) * a.groups + group];
-      const V unit = V::set1(a.x_scales[row + r]);
-      for (int i = 0; i < 2; ++i) {
-        float* dst = product + r * product_row + i * kPanelCols;
-        V y = Integers<8>::value(_mm512_load_si512(sums[r] + i * kTileSide), x);
-        if (group > 0) y = V::load(dst) + y;
-        if (group + 1 == a.groups) y = y * unit * scale[i];
-        y.store(dst);
-      }
+// A task with 8 bits. While tiles are multiplied, vectors finish the block before.
+void run_byte_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  constexpr int64_t kSide = 2 * kTileSide;
+  const FinishBlock finish_whole = finish_of_whole_blocks(a.epilogue);
+  const int64_t steps = (a.padded + kTileDepth - 1) / kTileDepth, rows_per_step = (kSide + steps - 1) / steps;
+  TileBlock blocks[2];
+  int64_t number = 0, configured = 0;
+  const auto finish = [&](const TileBlock& b, int64_t first, int64_t last) {
+    (b.cols == kSide ? finish_whole : finish_block)(a, b, first, last < b.rows ? last : b.rows);
+  };
+  for (int64_t r = 0; r < rows; r += kSide) {
+    const int64_t n = rows - r < kSide ? rows - r : kSide, upper = n < kTileSide ? n : kTileSide;
+    if (configured != n) configure_tiles(upper, n - upper), configured = n;
+    for (int64_t c = 0; c < cols; c += kSide, ++number) {
+      TileBlock& block = blocks[number % 2];
+      const TileBlock& before = blocks[(number + 1) % 2];
+      block.row = row + r, block.rows = n, block.col = col + c, block.cols = cols - c < kSide ? cols - c : kSide;
+      const char* fetch = nullptr;
+      if (r == 0)
+        fetch = c + kSide < cols ? reinterpret_cast<const char*>(a.data + (block.col + kSide) * a.padded) : a.next.data;
+      const auto meanwhile = [&](int64_t i) {
+        if (i * rows_per_step < before.rows) finish(before, i * rows_per_step, (i + 1) * rows_per_step);
+      };
+      if (n > upper)
+        multiply_byte_tiles<true>(a, block.col / kPanelCols, fetch, block, meanwhile);
+      else
+        multiply_byte_tiles<false>(a, block.col / kPanelCols, fetch, block, meanwhile);
     }
   }
+  const TileBlock& last = blocks[(number + 1) % 2];
+  finish(last, 0, last.rows);
+  _tile_release();
 }
 
 // bytes (padded / 4, 16, 4) = a panel of 4 bits, signed
@@ -410,8 +497,8 @@ inline void configure_group_tiles(int64_t rows) {
   s.load();
 }
 
-// product (rows, 16) = x times a panel of 4 bits that is spread to bytes; up to 16 rows. The products of four groups are
-// under way at once, in as many tiles.
+// product (rows, 16) = x times a panel of 4 bits that is spread to bytes; up to 16 rows. The products of four groups
+// are under way at once, in as many tiles.
 void group_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, const int8_t* bytes, float* product,
                  int64_t product_row) {
   const int8_t* levels = a.levels + row * a.levels_row;
@@ -462,41 +549,24 @@ void group_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t pane
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileSide; ++r)
-    if (r < rows) _mm512_storeu_ps(product + r * product_row, _mm512_mul_ps(total[r], _mm512_set1_ps(a.x_scales[row + r])));
+    if (r < rows)
+      _mm512_storeu_ps(product + r * product_row, _mm512_mul_ps(total[r], _mm512_set1_ps(a.x_scales[row + r])));
 }
 
-inline int64_t tiles_scratch(const QuantizedArgs& a) {
-  const int64_t cols = product_cols(a);
-  return 2 * kTileSide * cols * int64_t(sizeof(float)) + (a.bits == 4 ? cols * a.padded : 0);
-}
-
-// Rows and panels of a task. The rows of two tiles stay in the L1 cache, where the panels pass by.
-void run_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel, int64_t panels, int64_t cols,
-               void* scratch) {
-  constexpr int64_t kRows = 2 * kTileSide;
+// A task with 4 bits.
+void run_group_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t col, int64_t cols, void* scratch) {
   const int64_t ld = product_cols(a), panel_bytes = a.padded * kPanelCols;
+  const int64_t panel = col / kPanelCols, panels = (cols + kPanelCols - 1) / kPanelCols;
   float* product = static_cast<float*>(scratch);
-  int8_t* bytes = reinterpret_cast<int8_t*>(product + kRows * ld);
-  if (a.bits == 4)
+  int8_t* bytes = reinterpret_cast<int8_t*>(product + kTileSide * ld);
+  for (int64_t p = 0; p < panels; ++p)
+    spread_panel(a.data + (panel + p) * panel_bytes / 2, a.padded, bytes + p * panel_bytes);
+  for (int64_t r = 0; r < rows; r += kTileSide) {
+    const int64_t n = rows - r < kTileSide ? rows - r : kTileSide;
+    if (r == 0 || n < kTileSide) configure_group_tiles(n);
     for (int64_t p = 0; p < panels; ++p)
-      spread_panel(a.data + (panel + p) * panel_bytes / 2, a.padded, bytes + p * panel_bytes);
-  int64_t configured = 0;
-  for (int64_t r = 0; r < rows; r += kRows) {
-    const int64_t n = rows - r < kRows ? rows - r : kRows, upper = n < kTileSide ? n : kTileSide;
-    if (a.bits == 8) {
-      if (configured != n) configure_tiles(upper, n - upper), configured = n;
-      for (int64_t p = 0; p < panels; p += 2)
-        byte_tiles(a, row + r, n, panel + p, r == 0, p + 2 >= panels, product + p * kPanelCols, ld);
-    } else {
-      for (int64_t half = 0; half < n; half += kTileSide) {
-        const int64_t have = n - half < kTileSide ? n - half : kTileSide;
-        if (configured != have) configure_group_tiles(have), configured = have;
-        for (int64_t p = 0; p < panels; ++p)
-          group_tiles(a, row + r + half, have, panel + p, bytes + p * panel_bytes,
-                      product + half * ld + p * kPanelCols, ld);
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) finish_row(a.epilogue, row + r + i, panel * kPanelCols, cols, product + i * ld);
+      group_tiles(a, row + r, n, panel + p, bytes + p * panel_bytes, product + p * kPanelCols, ld);
+    for (int64_t i = 0; i < n; ++i) finish_row(a.epilogue, row + r + i, col, cols, product + i * ld);
   }
   _tile_release();
 }
@@ -504,7 +574,8 @@ void run_tiles(const QuantizedArgs& a, int64_t row, int64_t rows, int64_t panel,
 
 inline int64_t quantized_scratch(const QuantizedArgs& a) {
 #if LMK_TILES
-  if (goes_by_tiles(a)) return tiles_scratch(a);
+  if (goes_by_tiles(a) && a.bits == 8) return 0;
+  if (goes_by_tiles(a)) return product_cols(a) * (kTileSide * int64_t(sizeof(float)) + a.padded);
 #endif
   return a.rows_per_task * product_cols(a) * int64_t(sizeof(float));
 }
@@ -516,7 +587,8 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   const int64_t col = panel * kPanelCols, most = a.panels_per_task * kPanelCols;
   const int64_t cols = a.cols - col < most ? a.cols - col : most, ld = product_cols(a);
 #if LMK_TILES
-  if (goes_by_tiles(a)) return run_tiles(a, row, rows, panel, (cols + kPanelCols - 1) / kPanelCols, cols, scratch);
+  if (goes_by_tiles(a) && a.bits == 8) return run_byte_tiles(a, row, rows, col, cols);
+  if (goes_by_tiles(a)) return run_group_tiles(a, row, rows, col, cols, scratch);
 #endif
   const int64_t tiles = (rows + kTileOfRows - 1) / kTileOfRows;
   float* product = static_cast<float*>(scratch);

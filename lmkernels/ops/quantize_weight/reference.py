@@ -12,6 +12,7 @@ from ..linear import reference as linear
 BITS = {"int8": 8, "int4": 4}
 GROUP = 32  # weights along d_in that share a scale in int4; d_in is padded to a multiple of it
 PANEL = 16  # rows of the weight that are stored together
+LARGEST = 127  # of the integers that a row of x becomes
 # What the scale of a group is tried at, as parts of the one that reaches its largest weight. Of a Gaussian weight, 17
 # tries leave 5.3 % less error than one (0.0814 against 0.0860 of the root mean square), 33 another 0.2 %.
 TRIES = [0.7 + 0.4 * i / 16 for i in range(17)]
@@ -116,6 +117,14 @@ def rows(data: Tensor, scales: Tensor, d_in: int, bits: int, index: Tensor) -> T
     return (levels.flatten(2) * scale[..., None]).flatten(1)[:, :d_in]
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x (..., d_in) as it meets a quantised weight: each row in 8 bits, integers times a scale of its own."""
+    if x.shape[-1] == 0:
+        return x
+    factor = LARGEST / x.abs().amax(-1, keepdim=True).clamp_min(1e-33)
+    return (x * factor).round() / factor
+
+
 def unsupported(x: Tensor) -> str | None:
     return None
 
@@ -130,8 +139,8 @@ def forward(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """activation(x weight^T + bias) + residual for x (rows, d_in), with the weight in float32."""
+    """activation(x weight^T + bias) + residual for x (rows, d_in), rounded, with the weight in float32."""
     acc = torch.promote_types(x.dtype, torch.float32)
     weight = dequantize(data, scales, d_out, x.shape[1], bits).to(acc)
-    out = linear.forward(x.to(acc), weight, bias, None if residual is None else residual.to(acc), activation)
+    out = linear.forward(rounded(x.to(acc)), weight, bias, None if residual is None else residual.to(acc), activation)
     return out.to(x.dtype if residual is None else residual.dtype)
