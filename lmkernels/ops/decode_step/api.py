@@ -180,9 +180,9 @@ def decode_step(
     logits_of: (n,)                           int64, n >= 1; the rows whose logits are wanted, which are then (n, vocab)
     backend: "native" or "reference"; None takes the first that can run this.
 
-    Inference only. Sums are float32, of weights in their dtype; x is rounded to bfloat16 where these are, and to 16-bit
-    integers where these are quantised (`quantize_weight`). A row has the same bits in any batch, beside other
-    tokens of its sequence or after them, on any number of threads, in a paged cache and in a contiguous one.
+    Inference only. Sums are float32, of weights in their dtype; x is rounded to bfloat16 where these are, and to 8-bit
+    integers, row by row, where these are quantised (`quantize_weight`). A row has the same bits in any batch, beside
+    other tokens of its sequence or after them, on any number of threads, in a paged cache and in a contiguous one.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """

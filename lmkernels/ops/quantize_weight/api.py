@@ -67,6 +67,9 @@ def quantize_weight(weight: Tensor, dtype: str) -> QuantizedWeight:
                4.5 bits per weight
     Both are symmetric around 0. Of Gaussian weights, int8 loses 0.8 % and int4 8.1 % (root mean square).
 
+    `linear` rounds x too: each row to integers up to 127 times a scale of its own, by which the result of Gaussian x
+    moves by 0.6 to 0.9 % (root mean square). A row has the same bits in any batch.
+
     Raises ValueError or TypeError for bad arguments, and for a weight that is not finite.
     """
     check_floating("weight", weight)

@@ -121,7 +121,8 @@ def rounded(x: Tensor) -> Tensor:
     """x (..., d_in) as it meets a quantised weight: each row in 8 bits, integers times a scale of its own."""
     if x.shape[-1] == 0:
         return x
-    factor = LARGEST / x.abs().amax(-1, keepdim=True).clamp_min(1e-33)
+    # divided once, as the kernels do: a number over a tensor is its inverse times the number, and ties would differ
+    factor = x.new_full((), LARGEST) / x.abs().amax(-1, keepdim=True).clamp_min(1e-33)
     return (x * factor).round() / factor
 
 
