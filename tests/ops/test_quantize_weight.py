@@ -165,6 +165,14 @@ def test_a_row_has_the_same_bits_in_every_batch_and_for_every_number_of_threads(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("m", [1, 6, 40])
+def test_int8_has_the_bits_of_its_definition_on_every_instruction_set(m, native):
+    x, weight = torch.randn(m, 200), quantize_weight(torch.randn(50, 200), "int8")
+    factor, scales = x.new_full((), LARGEST) / x.abs().amax(1, keepdim=True), weight.scales.flatten()[:50]
+    sums = (x * factor).round().double() @ (weight.dequantize() / scales[:, None]).round().double().t()
+    assert torch.equal(linear(x, weight, backend=native), sums.float() * (x.new_ones(()) / factor) * scales)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_shape_of_x_and_strides(kind, backend):
     weight = quantize_weight(torch.randn(64, 50).t(), kind)
