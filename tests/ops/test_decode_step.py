@@ -93,12 +93,14 @@ def assert_accurate(case, dtype, backend):
     if case.quantized:
         # x is rounded to 8-bit integers, where a last digit may decide between two neighbours
         error = ((logits - golden).square().mean() / golden.square().mean()).sqrt()
-        assert error < (2e-4 if dtype == torch.float32 else 2e-2), error
+        assert error < (2e-4 if dtype == torch.float32 else 3e-2), error
     else:
         low_precision = plain(**in_dtype(arguments, dtype))
         numerics.assert_as_accurate(logits, golden, low_precision.float(), "logits")
+    # what 16 bits round between layers sends some integers to their neighbours
+    near = 6e-2 if case.quantized and dtype != torch.float32 else 2e-2
     for cache, exact, before in zip(caches, golden_caches, arguments["caches"], strict=True):
-        torch.testing.assert_close(cache, exact.to(dtype), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(cache, exact.to(dtype), rtol=near, atol=near)
         untouched = ~before.isnan()
         assert torch.equal(cache[untouched], before[untouched]), "what the cache held must stay"
         assert (cache[..., 0] != 0).sum() == untouched[..., 0].sum() + cache[:, :, :, 0, 0].numel(), "one token more"
