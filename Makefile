@@ -22,10 +22,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 install: $(VENV)/installed lmkernels/_C.so
 
-# torch first and the package without build isolation, so that it is built with the torch it will run with.
+# torch first and the package without build isolation, so that it is built with the torch it will run with. So are those
+# of its dependencies that come as sources: seqeval takes its version from setuptools-scm.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch numpy ninja 'setuptools>=77'
+	$(PIP) install --quiet --constraint constraints.txt torch numpy ninja 'setuptools>=77' setuptools-scm
 	LMKERNELS_NO_EXTENSION=1 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
 	  --editable '.[test,dev]'
 	touch $@

@@ -26,7 +26,7 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 @dataclass(frozen=True)
 class Report:
-    name: str  # of the kernel
+    name: str  # of the op and the kernel, "attention.fwd"
     architecture: str  # "sm_80", ...
     grid: tuple[int, ...]
     num_warps: int
@@ -78,7 +78,8 @@ def launches(architecture: str) -> Iterator[list[Report]]:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         if id(compiled) not in seen:
             seen.add(id(compiled))
-            reports.append(_report(compiled, architecture, grid))
+            op = kernel.fn.__module__.split(".")[-2]
+            reports.append(_report(compiled, f"{op}.{kernel.fn.__name__}", architecture, grid))
 
     before = _triton.direct, _triton.launch, _triton.capability, driver._active
     _triton.direct, _triton.launch, _triton.capability = True, compile_only, lambda device: target.capability
@@ -108,7 +109,7 @@ class _Target:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def _report(compiled, architecture: str, grid: tuple[int, ...]) -> Report:
+def _report(compiled, name: str, architecture: str, grid: tuple[int, ...]) -> Report:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,10 +117,10 @@ def _report(compiled, architecture: str, grid: tuple[int, ...]) -> Report:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     metadata = compiled.metadata
     return Report(
-        metadata.name,
+        name,
         architecture,
         grid,
         metadata.num_warps,

@@ -223,7 +223,7 @@ def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
         )
 
     name = f"attention {d}{f' on {h_kv}' * (h != h_kv)}{' ' * bool(features)}{features}"
-    return Call(name, run, products=("fwd", "bwd_q", "bwd_kv"), **options)
+    return Call(name, run, products=("attention.fwd", "attention.bwd_q", "attention.bwd_kv"), **options)
 
 
 def decoded(d: int, h: int = 12, h_kv: int = 12, pages: bool = False, rotated: bool = False, **options) -> Call:
