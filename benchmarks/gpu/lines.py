@@ -78,11 +78,16 @@ def pinned(backend: SDPBackend, **options) -> Callable:
     return attend
 
 
+def compiled(function: Callable, **options) -> Callable:
+    """torch.compile as a peer: what it cannot compile as a whole is an error, never run as it stands."""
+    return torch.compile(function, fullgraph=True, **options)
+
+
 def flex(score_mod: Callable | None = None, mask_mod: Callable | None = None, **options) -> Callable:
     """FlexAttention on (b, h, s, d), compiled for static shapes."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    attend = torch.compile(flex_attention, dynamic=False)
+    attend = compiled(flex_attention, dynamic=False)
 
     @functools.cache
     def block_mask(s_q: int, s_k: int):
@@ -163,7 +168,7 @@ def features_part(setting: Setting) -> list[Line]:
     """What SDPA has no fused kernel for, or none but mem-efficient; FlexAttention has all of it but gradients."""
     s, h = setting.of(4096), 16
     slopes = alibi_slopes(h).to(harness.device)
-    window = 512
+    window = setting.of(512)
 
     def soft_capped(score, b, head, i, j):
         return 30.0 * torch.tanh(score / 30.0)
@@ -196,7 +201,7 @@ def features_part(setting: Setting) -> list[Line]:
     for direction in PASSES:
         lines += [
             line("ALiBi", direction, {"alibi": "h"}, with_slopes, **{"SDPA mem-efficient": mem_efficient_with_bias}),
-            line("window 512", direction, {"window": (window, -1)}, None, banded),
+            line(f"window {window}", direction, {"window": (window, -1)}, None, banded),
             line("softcap", direction, {"softcap": 30.0}, soft_capped),
         ]
     t5 = cases.AttentionCase(f"b8-s{s // 8}-h12-d64, T5's bias", 8, 12, s // 8, s // 8, 64, scale=1.0)
@@ -219,7 +224,7 @@ def checked_features(case: cases.AttentionCase, dtype: torch.dtype) -> str | Non
 
 def packed_part(setting: Setting) -> list[Line]:
     """Sequences of different lengths end to end."""
-    bert_lengths = tuple(range(setting.of(32, 4), setting.of(512, 64) + 1, setting.of(32, 4)))
+    bert_lengths = tuple(range(setting.of(32, 4), setting.of(512) + 1, setting.of(32, 4)))
     gpt_lengths = tuple(setting.of(n) for n in (500, 2048, 1250, 1500, 4000, 900))
     return [
         attention_varlen.line(group, case, "bfloat16", direction)
@@ -262,19 +267,14 @@ def loss_part(setting: Setting) -> list[Line]:
     for t, vocab, d in ([setting.of(n, 64) for n in shape] for shape in shapes):
         case = cases.LossCase(f"t{t}-v{vocab}-d{d}", t, vocab, d, counted=1.0)
         for direction in linear_cross_entropy.PASSES:
-            line = linear_cross_entropy.line(case, "bfloat16", direction)
-            lines.append(with_compiled(line, "torch.compile", setting, partial(compiled_loss, case, direction)))
+            functions = linear_cross_entropy.FUNCTIONS | with_compiled(setting, linear_cross_entropy.eager)
+            calls = partial(linear_cross_entropy.calls, case, torch.bfloat16, direction, functions)
+            lines.append(replace(linear_cross_entropy.line(case, "bfloat16", direction), competitors=calls))
     return lines
 
 
-def compiled_loss(case: cases.LossCase, direction: str) -> Callable[[], object]:
-    function = torch.compile(linear_cross_entropy.eager)
-    return linear_cross_entropy.calls(case, torch.bfloat16, direction, {"compiled": function})["compiled"]
-
-
-def with_compiled(line: Line, name: str, setting: Setting, make: Callable[[], Callable]) -> Line:
-    """The line with one more peer, where `setting` wants those."""
-    return replace(line, competitors=lambda: line.competitors() | ({name: make()} if setting.compiled else {}))
+def with_compiled(setting: Setting, function: Callable) -> dict[str, Callable]:
+    return {"torch.compile": compiled(function)} if setting.compiled else {}
 
 
 def norms_part(setting: Setting) -> list[Line]:
@@ -288,15 +288,11 @@ def norms_part(setting: Setting) -> list[Line]:
         shape = (setting.of(rows), setting.of(d))
         case = cases.NormCase("x".join(map(str, shape)), shape, residual=residual, bias=norm == "layer_norm")
         for direction in ("forward", "forward+backward"):
+            peers = with_compiled(setting, partial(norms.plain, norm))
+            competitors = partial(norms.competitors, norm, case, torch.bfloat16, direction, peers)
             line = norms.line(norm, "memory", case, "bfloat16", direction)
-            make = partial(compiled_norm, norm, case, direction)
-            lines.append(with_compiled(line, "torch.compile", setting, make))
+            lines.append(replace(line, competitors=competitors))
     return lines
-
-
-def compiled_norm(norm: str, case: cases.NormCase, direction: str) -> Callable[[], object]:
-    function = torch.compile(partial(norms.plain, norm))
-    return norms.competitors(norm, case, torch.bfloat16, direction, {"compiled": function})["compiled"]
 
 
 def layers_part(setting: Setting) -> list[Line]:

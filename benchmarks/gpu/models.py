@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,16 @@ from lmkernels.models import GPT2Config, GPT2LMHeadModel
 DTYPE = "bfloat16"  # autocast in training
 
 
+class Output(NamedTuple):
+    loss: torch.Tensor
+
+
 class PlainWithLoss(gpt.PlainGPT):
     """Plain torch with the call of the other models."""
 
     def forward(self, input_ids, labels):
         logits, _ = super().forward(input_ids[:, :-1])
-        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten()))
+        return Output(F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten()))
 
 
 def hugging_face(model: GPT2LMHeadModel) -> nn.Module:
@@ -39,7 +43,7 @@ def hugging_face(model: GPT2LMHeadModel) -> nn.Module:
 PEERS: dict[str, Callable[[GPT2LMHeadModel], nn.Module]] = {
     "Hugging Face": hugging_face,
     "plain torch": PlainWithLoss,
-    "torch.compile": lambda model: torch.compile(PlainWithLoss(model)),
+    "torch.compile": lambda model: torch.compile(PlainWithLoss(model), fullgraph=True),
 }
 
 

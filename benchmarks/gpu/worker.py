@@ -54,7 +54,7 @@ def measured(task: Task) -> Iterator[dict]:
                 continue
             yield {"started": line.name, "part": part}
             yield {"row": {"name": line.name, **row_of(line, ceilings, task.seconds)}, "part": part}
-            clean_up()
+            clean_up(task.compiled)
     yield {"done": True}
 
 
@@ -109,8 +109,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def clean_up() -> None:
+def clean_up(compiled: bool) -> None:
     """Frees the memory of a line; raises where the GPU can do nothing more for this process."""
+    if compiled:
+        # a function is compiled for a few shapes only, and for those after them runs as it stands
+        torch.compiler.reset()
     gc.collect()
     synchronize()
     if harness.device.type == "cuda":
@@ -119,6 +122,8 @@ def clean_up() -> None:
 
 def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
+    # what is here stays: clean_up need not look through it each time
+    gc.freeze()
     # whatever else prints goes to stderr
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)

@@ -57,9 +57,9 @@ def wrong(norm: str, case: cases.NormCase, dtype: torch.dtype) -> str | None:
 
 
 def competitors(
-    norm: str, case: cases.NormCase, dtype: torch.dtype, direction: str, functions: dict[str, Callable] | None = None
+    norm: str, case: cases.NormCase, dtype: torch.dtype, direction: str, peers: dict[str, Callable] | None = None
 ) -> dict[str, Callable]:
-    """functions: take what `ours` and `plain` take after the norm's name; default: those two."""
+    """peers: beside torch's norm; they take what `plain` takes after the norm's name."""
     inputs = case.make(dtype)
     backward = direction != "forward"
     douts = [torch.randn(case.shape).to(dtype) for _ in range(1 if case.residual is None else 2)]
@@ -70,7 +70,7 @@ def competitors(
             return lambda: torch.autograd.grad(function(**leaves), leaves.values(), douts)
         return lambda: function(**leaves)
 
-    functions = functions or {"ours": partial(ours, norm), "torch": partial(plain, norm)}
+    functions = {"ours": partial(ours, norm), "torch": partial(plain, norm)} | (peers or {})
     return {name: call(function) for name, function in functions.items()}
 
 
