@@ -102,9 +102,9 @@ Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, std::optional
   for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(1, sizes[axis])) strides[axis] = stride;
   const ScalarType type = dtype.value_or(like.scalar_type());
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   Tensor x(made);
   if (poisoned && x.numel() > 0) memset(x.mutable_data_ptr(), 0xff, size_t(x.numel()) * x.element_size());
   return x;
