@@ -1,6 +1,7 @@
 """What is built: wheels for every Python, sources for every CPU, a library for every torch."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,7 +82,12 @@ print(torch.__version__)
 """
 
 
-@pytest.mark.skipif(OTHER_TORCH is None, reason="LMKERNELS_OTHER_TORCH names no Python; `make test-other-torch` does")
+needs_other_torch = pytest.mark.skipif(
+    OTHER_TORCH is None, reason="LMKERNELS_OTHER_TORCH names no Python; `make test-other-torch` does"
+)
+
+
+@needs_other_torch
 def test_library_runs_under_other_torch():
     """The library as built here, in the Python that LMKERNELS_OTHER_TORCH names."""
     import torch
@@ -94,3 +100,15 @@ def test_library_runs_under_other_torch():
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() != torch.__version__
+
+
+@needs_other_torch
+@pytest.mark.parametrize("source", ["csrc/cpu/bindings.cpp", "csrc/cuda/bindings.cpp"])
+def test_sources_compile_with_other_torch(source):
+    program = "from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep='\\n')"
+    run = subprocess.run([OTHER_TORCH, "-c", program], capture_output=True, text=True, check=True)
+    flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
+    flags += [f"-I{path}" for path in run.stdout.splitlines()]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    run = subprocess.run([*compiler, "-fsyntax-only", *flags, ROOT / source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -82,6 +82,7 @@ def test_a_gpu_that_is_too_old_is_told(monkeypatch):
 
 
 OPS = """
+    attention_fwd attention_bwd attention_varlen_fwd attention_varlen_bwd attention_decode
     norm_fwd norm_bwd softmax_fwd softmax_bwd rotary embed_fwd embed_bwd linear_fwd linear_bwd activation_bwd
     qkv_projection_fwd qkv_projection_bwd linear_cross_entropy_fwd linear_cross_entropy_bwd
 """

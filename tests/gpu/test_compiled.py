@@ -35,8 +35,9 @@ pytestmark = pytest.mark.skipif(
     _library.triton_error is not None or _library.triton_interpreted, reason=f"no compiler: {_library.triton_error}"
 )
 
-# Bytes of stack: products of float32, multiplied one by one, are so many multiplications that ptxas leaves a few of
-# their operands in memory.
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Products of float32, multiplied one by one, are so many multiplications that ptxas leaves a few of their operands in
+# memory.
 FLOAT32_SPILLED = 32
 
 
@@ -48,8 +49,11 @@ class Call:
     run: Callable[[torch.dtype], None]
     hot: bool = False  # compiled in every run of the tests
     wide: bool = True  # memory is read 16 bytes at a time; not where rows begin anywhere
-    products: tuple[str, ...] = ()  # the kernels that multiply 16 bits with wgmma on sm_90, with mma.sync on sm_80
-    spilled: int = 0  # bytes of a thread's stack that are allowed, where something rare wants too many registers
+    products: tuple[str, ...] = ()  # the kernels that multiply with the matrix units, unless float32 is to be exact
+    wgmma: tuple[str, ...] = ()  # those that use sm_90's, which take 64 rows of 16 bits
+    # bytes of a thread's stack that are allowed, where something rare wants too many registers
+    spilled: int = 0
+    spilled_float32: int = FLOAT32_SPILLED
 
     def __str__(self) -> str:
         return self.name
@@ -180,9 +184,9 @@ def loss_of(vocab: int, bias: bool, softcap: float = 0.0, **options) -> Call:
     return Call(f"linear_cross_entropy {vocab}{' bias' * bias}{' softcap' * (softcap > 0)}", run, **options)
 
 
-def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
+def attended(d: int, features: str = "", h_kv: int = 12, s: int = 1024, **options) -> Call:
     """features: words among causal, dropout, softcap, bias, distance, slopes, sink, mask, window, varlen."""
-    b, s, h = 2, 1024, 12
+    b, h = 2, 12
 
     def run(dtype):
         words, shape = features.split(), (b * s,) if "varlen" in features else (b, s)
@@ -222,26 +226,40 @@ def attended(d: int, features: str = "", h_kv: int = 12, **options) -> Call:
             *leaves.values(),
         )
 
-    name = f"attention {d}{f' on {h_kv}' * (h != h_kv)}{' ' * bool(features)}{features}"
-    return Call(name, run, products=("attention.fwd", "attention.bwd_q", "attention.bwd_kv"), **options)
+    length = f" of {s}" * (s != 1024)
+    name = f"attention {d}{f' on {h_kv}' * (h != h_kv)}{length}{' ' * bool(features)}{features}"
+    products = "attention.fwd", "attention.bwd_q", "attention.bwd_kv"
+    return Call(name, run, products=products, wgmma=products if s == 1024 else (), **options)
 
 
-def decoded(d: int, h: int = 12, h_kv: int = 12, pages: bool = False, rotated: bool = False, **options) -> Call:
+def decoded(d: int, h: int = 12, h_kv: int = 12, features: str = "", s: int = 1, **options) -> Call:
+    """features: words among pages, rotary, int8, softcap, window, slopes, sink; s: new tokens."""
+
     def run(dtype):
-        caches = [torch.empty((64, 64, h_kv, d) if pages else (4, 1024, h_kv, d), dtype=dtype) for _ in "kv"]
-        tables = torch.empty(2, 1024, d // 2) if rotated else (None, None)
+        words = features.split()
+        shape = (64, 64, h_kv) if "pages" in words else (4, 1024, h_kv)
+        given = {f"{name}_new": torch.empty(4, s, h_kv, d, dtype=dtype) for name in "kv"}
+        if "pages" in words:
+            given["block_table"] = torch.empty(4, 16, dtype=torch.int32)
+        if "rotary" in words:
+            given["cos"], given["sin"] = torch.empty(2, 1024, d // 2)
+        if "int8" in words:
+            given |= {f"{name}_scale": torch.empty(shape) for name in "kv"}
+        if "softcap" in words:
+            given["softcap"] = 30.0
+        if "window" in words:
+            given["window"] = (256, 0)
+        given |= {name: torch.empty(h) for name in ("alibi_slopes", "sink") if name.split("_")[-1] in words}
         attention_decode(
-            torch.empty(4, 1, h, d, dtype=dtype),
-            *caches,
+            torch.empty(4, s, h, d, dtype=dtype),
+            *(torch.empty(*shape, d, dtype=torch.int8 if "int8" in words else dtype) for _ in "kv"),
             torch.empty(4, dtype=torch.int32),
-            **{f"{name}_new": torch.empty(4, 1, h_kv, d, dtype=dtype) for name in "kv"},
-            cos=tables[0],
-            sin=tables[1],
-            block_table=torch.empty(4, 16, dtype=torch.int32) if pages else None,
+            **given,
             backend="triton",
         )
 
-    return Call(f"attention_decode {d} {h} {h_kv}{' pages' * pages}{' rotary' * rotated}", run, **options)
+    name = f"attention_decode {d} {h} {h_kv}{f' of {s}' * (s != 1)}{' ' * bool(features)}{features}"
+    return Call(name, run, products=("attention_decode.attend",), **options)
 
 
 CALLS = [
@@ -261,11 +279,16 @@ CALLS = [
     *(attended(d, features) for d in (32, 80) for features in ("causal", "mask dropout")),
     attended(80, "causal", h_kv=4),
     # a key and a value of 256 floats each, in sums: what else there is goes to memory
-    *(attended(256, features, spilled=288) for features in ("causal", "mask dropout", "bias")),
-    attended(256, "causal", h_kv=4, spilled=288),
+    *(attended(256, features, h_kv, spilled=288, spilled_float32=512)
+      for features, h_kv in (("causal", 12), ("mask dropout", 12), ("bias", 12), ("causal", 4))),
+    # smaller tiles
+    *(attended(d, features, s=s, spilled=288 * (d == 256), spilled_float32=512 if d == 256 else FLOAT32_SPILLED)
+      for d in (64, 128, 256) for features in ("causal", "bias mask dropout") for s in (16, 32, 64)),
     decoded(64, hot=True),
-    *(decoded(d, h, h_kv, pages, rotated) for d, h, h_kv in ((128, 32, 8), (256, 16, 1))
-      for pages, rotated in ((False, False), (True, True))),
+    *(decoded(d, h, h_kv, features, s)
+      for d, h, h_kv in ((64, 12, 12), (128, 32, 8), (256, 16, 1))
+      for features, s in (("", 1), ("pages rotary", 1), ("int8 rotary", 1), ("softcap window slopes sink", 1),
+                          ("rotary", 32), ("int8 pages rotary", 64))),
     norm(768, True, hot=True),
     norm(4096, False, center=False, hot=True),
     *(norm(d, residual, center) for d in (64, 768, 1024, 4096, 8192, 16384, 32768) for residual in (False, True)
@@ -292,15 +315,20 @@ CALLS = [
 ]  # fmt: skip
 
 
-def runs(config) -> list[tuple[Call, torch.dtype, str]]:
+def runs(config) -> list[tuple[Call, str, str]]:
     if config.getoption("--every-configuration"):
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        return [(call, dtype, arch) for call in CALLS for dtype in dtypes for arch in compiled.CAPABILITIES]
+        return [
+            (call, dtype, arch)
+            for call in CALLS
+            for dtype in DTYPES
+            for arch in compiled.CAPABILITIES
+            if dtype != "tf32" or call.products  # elsewhere it changes nothing
+        ]
     return [
         (call, dtype, arch)
         for call in CALLS
         if call.hot
-        for dtype, arch in ((torch.bfloat16, "sm_90"), (torch.float32, "sm_80"))
+        for dtype, arch in (("bfloat16", "sm_90"), ("float32", "sm_80"))
     ]
 
 
@@ -308,20 +336,29 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("call", "dtype", "architecture"), runs(metafunc.config), ids=str)
 
 
-def multiplies(report: compiled.Report) -> bool:
-    return report.wgmma if report.architecture == "sm_90" else report.mma
+@pytest.fixture
+def ieee():
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architecture):
+def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architecture, ieee):
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     with compiled.launches(architecture) as reports, torch.device("meta"):
-        call.run(dtype)
+        call.run(DTYPES[dtype])
     assert reports
     wrong = [
         str(report)
         for report in reports
-        if report.stack > (call.spilled if dtype != torch.float32 else max(call.spilled, FLOAT32_SPILLED))
+        if report.stack > (call.spilled_float32 if DTYPES[dtype] == torch.float32 else call.spilled)
         or report.shared > compiled.SHARED_LIMIT[architecture]
         or (call.wide and report.widest_load < 16)
-        or (dtype != torch.float32 and report.name in call.products and not multiplies(report))
+        or (dtype != "float32" and report.name in call.products and not report.mma)
+        or (
+            dtype in ("bfloat16", "float16")
+            and architecture == "sm_90"
+            and report.name in call.wgmma
+            and not report.wgmma
+        )
     ]
     assert wrong == []
