@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -297,8 +298,7 @@ def test_when_the_time_is_over_it_keeps_what_it_has(worker, tmp_path, capsys):
 
 
 def test_an_interruption_keeps_what_there_is(tmp_path):
-    processes = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    def interrupt(number: int) -> tuple[int, str]:
         text = f"""
 sys.path.insert(0, {str(ROOT)!r})
 from benchmarks.gpu import __main__ as gpu
@@ -306,20 +306,26 @@ from benchmarks.gpu.worker import Task
 import torch
 torch.cuda.is_available = lambda: True
 gpu.absence = lambda: None
-gpu.Task = lambda parts, **options: Task(parts, "cpu", 0.001, 256, False, ceilings={CEILINGS!r})
+gpu.Task = lambda parts, **options: Task(parts, "cpu", 0.5, 256, False, ceilings={CEILINGS!r})
 sys.exit(gpu.main(["--only", "attention", "--only", "norms", "--json", {str(tmp_path / f"{number}.json")!r}]))
 """
-        processes[number] = subprocess.Popen(program(text), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
-    for number, process in processes.items():
+        process = subprocess.Popen(program(text), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
         for line in process.stdout:
             if line.startswith("attention: "):
                 break
         process.send_signal(number)
         out = process.stdout.read()
-        assert process.wait(60) == 130, out
-        found = saved(tmp_path, f"{number}.json")
-        assert found["status"] == "interrupted" and found["parts"]["attention"] and "norms" in found["not_reached"]
-        assert found["command"].startswith("python -m benchmarks.gpu --only attention") and "interrupted after" in out
+        return process.wait(60), out
+
+    numbers = signal.SIGINT, signal.SIGTERM
+    with ThreadPoolExecutor() as together:
+        for number, (code, out) in zip(numbers, together.map(interrupt, numbers), strict=True):
+            assert code == 130, out
+            found = saved(tmp_path, f"{number}.json")
+            assert found["status"] == "interrupted" and found["parts"]["attention"] and "norms" in found["not_reached"]
+            assert (
+                found["command"].startswith("python -m benchmarks.gpu --only attention") and "interrupted after" in out
+            )
 
 
 # --- build, tests, sanitizer ---
