@@ -44,7 +44,7 @@ TILES = {
     "bwd_bias": {  # and, in squares of BLOCK_M, bwd_distance
         "sm_80": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
         "sm_90": {64: (64, 64, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
-        "tf32": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+        "tf32": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 4, 1)},
         "ieee": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
 }
@@ -63,6 +63,7 @@ CROWDED = {
     "bwd_kv": {
         "sm_80": {64: (32, 32, 4, 2), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
         "sm_90": {64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (16, 64, 8, 2)},
+        "tf32": {128: (16, 32, 8, 1)},
     },
 }
 
@@ -153,7 +154,7 @@ class Problem:
             return True  # a loop around the loops
         if kernel == "fwd" and (self.d, self.d_v) != (self.constants["BLOCK_D"], self.constants["BLOCK_DV"]):
             return True  # columns that do not exist
-        if kind == "sm_80" or kernel == "fwd" and max(self.d, self.d_v) > 64:
+        if kind != "sm_90" or kernel == "fwd" and max(self.d, self.d_v) > 64:
             return any(added)
         return sum(added) > 1 or self.seed is not None or self.bias is not None
 
