@@ -56,6 +56,17 @@ def test_wheel_without_the_library(environment, tmp_path):
     assert [name for name in files if name.endswith(".so")] == []
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_a_missing_cuda_compiler_is_told_in_one_line(tmp_path):
+    (tmp_path / "c++").symlink_to(shutil.which("c++"))
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "c++", "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, "setup.py", "--quiet", "--version"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    told = [line for line in run.stderr.splitlines() if line.startswith("lmkernels")]
+    assert told == ["lmkernels: no CUDA compiler (nvcc): built without the CUDA kernels"]
+
+
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
