@@ -82,7 +82,7 @@ def tile(kernel: str, d: int, kind: str, longest: int, crowded: bool) -> dict[st
     most = max(16, _triton.next_power_of_2(longest))
     if most < (n if kernel == "bwd_kv" else m):
         m, n = (m, most) if kernel == "bwd_kv" else (most, n)
-        warps = warps if d == 256 or kind == "ieee" else 4
+        warps = 4 if kind != "ieee" and d < 256 and d * most <= 4096 else warps  # more would want more registers
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
