@@ -101,7 +101,8 @@ def main(arguments: list[str]) -> int:
     steps = [step for step in STEPS if step in (options.only or STEPS)]
     record = Record(f"python -m benchmarks.gpu {shlex.join(arguments)}".rstrip(), options.json)
     task = Task((), seconds=options.seconds, compiled=not options.no_compile)
-    # what stops a job in a queue is an interruption too
+    # shells have programs in the background ignore it; and what stops a job in a queue is an interruption too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     return run(record, steps, 60 * options.minutes, task)
 
