@@ -365,6 +365,8 @@ def example(tmp_path, monkeypatch) -> Path:
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     monkeypatch.setattr(harness, "REPOSITORY", tmp_path)
     monkeypatch.setattr(gpu, "TESTS", ["test_example.py"])
+    # plugins that take most of a second to load, in each process
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:benchmark")
     return tmp_path
 
 
