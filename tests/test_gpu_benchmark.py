@@ -9,13 +9,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -264,8 +262,8 @@ def record_in(tmp_path: Path) -> gpu.Record:
     return gpu.Record("python -m benchmarks.gpu", tmp_path / "gpu.json")
 
 
-def saved(tmp_path: Path, name: str = "gpu.json") -> dict:
-    return json.loads((tmp_path / name).read_text())
+def saved(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "gpu.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -297,35 +295,28 @@ def test_when_the_time_is_over_it_keeps_what_it_has(worker, tmp_path, capsys):
     assert "out of time after 2 s; not reached: norms, layers" in capsys.readouterr().out
 
 
-def test_an_interruption_keeps_what_there_is(tmp_path):
-    def interrupt(number: int) -> tuple[int, str]:
-        text = f"""
-sys.path.insert(0, {str(ROOT)!r})
-from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu.worker import Task
-import torch
-torch.cuda.is_available = lambda: True
-gpu.absence = lambda: None
-gpu.Task = lambda parts, **options: Task(parts, "cpu", 0.5, 256, False, ceilings={CEILINGS!r})
-sys.exit(gpu.main(["--only", "attention", "--only", "norms", "--json", {str(tmp_path / f"{number}.json")!r}]))
-"""
-        process = subprocess.Popen(program(text), cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ)
-        for line in process.stdout:
-            if line.startswith("attention: "):
-                break
-        process.send_signal(number)
-        out = process.stdout.read()
-        return process.wait(60), out
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_what_there_is(number, worker, tmp_path, capsys, monkeypatch):
+    worker(4, f"time.sleep(1); os.kill(os.getppid(), {number}); time.sleep(60)")
+    monkeypatch.setattr(gpu, "absence", lambda: None)
+    monkeypatch.setattr(gpu, "Task", lambda parts, **options: SMALL)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = gpu.main(["--only", "attention", "--only", "norms", "--json", str(tmp_path / "gpu.json")])
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    found = saved(tmp_path)
+    assert code == 130 and found["status"] == "interrupted" and found["not_reached"] == ["norms"]
+    assert [len(rows) for rows in found["parts"].values()] == [3, 1]
+    assert found["command"].startswith("python -m benchmarks.gpu --only attention")
+    assert "interrupted after" in capsys.readouterr().out
 
-    numbers = signal.SIGINT, signal.SIGTERM
-    with ThreadPoolExecutor() as together:
-        for number, (code, out) in zip(numbers, together.map(interrupt, numbers), strict=True):
-            assert code == 130, out
-            found = saved(tmp_path, f"{number}.json")
-            assert found["status"] == "interrupted" and found["parts"]["attention"] and "norms" in found["not_reached"]
-            assert (
-                found["command"].startswith("python -m benchmarks.gpu --only attention") and "interrupted after" in out
-            )
+
+def test_the_process_that_measures(tmp_path, capsys):
+    assert gpu.run(record_in(tmp_path), ["precision"], 100, replace(SMALL, ceilings=CEILINGS)) == 0
+    rows = saved(tmp_path)["parts"]["precision"]
+    assert len(rows) == 4 and all(row["ours"] > 0 and row["SDPA flash"] > 0 for row in rows)
 
 
 # --- build, tests, sanitizer ---
