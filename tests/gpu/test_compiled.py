@@ -282,7 +282,7 @@ CALLS = [
     *(attended(256, features, h_kv, spilled=288, spilled_float32=512)
       for features, h_kv in (("causal", 12), ("mask dropout", 12), ("bias", 12), ("causal", 4))),
     # smaller tiles
-    *(attended(d, features, s=s, spilled=288 if d == 256 else 16 * ("bias" in features),
+    *(attended(d, features, s=s, spilled=288 if d == 256 else 16 * ("dropout" in features),
                spilled_float32=512 if d == 256 else FLOAT32_SPILLED)
       for d in (64, 128, 256) for features in ("causal", "mask dropout", "bias mask dropout") for s in (16, 32, 64)),
     decoded(64, hot=True),
