@@ -99,6 +99,7 @@ struct GemmArgs {
   int64_t c_row;
   int64_t depth;                  // in elements
   const typename M::Acc* factor;  // (rows,), for scale_and_add
+  int64_t a_step = kTileSide;     // by tiles: from one tile of A to the next along the depth
 };
 
 template <class M, Start kStart, int kRows, int kVecs>
@@ -218,13 +219,26 @@ void multiply_tiles(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const
     if constexpr (kVecs == 2) _tile_dpbf16ps(1, 4, 7);
     if constexpr (kRowTiles == 2) _tile_dpbf16ps(2, 5, 6);
     if constexpr (kRowTiles == 2 && kVecs == 2) _tile_dpbf16ps(3, 5, 7);
-    a += kTileSide;
+    a += g.a_step;
     b += kTileSide * g.b_depth;
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (kVecs == 2) _tile_stored(1, c + kTileSide, c_bytes);
   if constexpr (kRowTiles == 2) _tile_stored(2, lower, c_bytes);
   if constexpr (kRowTiles == 2 && kVecs == 2) _tile_stored(3, lower + kTileSide, c_bytes);
+}
+
+template <Start kStart>
+void multiply_pair(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const uint32_t* b, bool two_rows,
+                   bool two_vecs) {
+  if (two_rows && two_vecs)
+    multiply_tiles<kStart, 2, 2>(g, row, col, b);
+  else if (two_rows)
+    multiply_tiles<kStart, 2, 1>(g, row, col, b);
+  else if (two_vecs)
+    multiply_tiles<kStart, 1, 2>(g, row, col, b);
+  else
+    multiply_tiles<kStart, 1, 1>(g, row, col, b);
 }
 
 // What gemm does where the depth is whole tiles and rows of A are contiguous along it. Sums go on from C.
@@ -245,16 +259,7 @@ void gemm_tiles(const GemmArgs<MathBf16>& g, int64_t rows, int64_t vecs) {
     configure_tiles(upper, lower);
     for (int64_t n = 0; n < vecs; n += 2) {
       const uint32_t* b = in_rows ? g.b + n * kTileSide : g.b + n / 2 * g.b_panel;
-      for (int64_t r = row; r < end; r += pair) {
-        if (lower > 0 && n + 2 <= vecs)
-          multiply_tiles<kStart, 2, 2>(g, r, n * kTileSide, b);
-        else if (lower > 0)
-          multiply_tiles<kStart, 2, 1>(g, r, n * kTileSide, b);
-        else if (n + 2 <= vecs)
-          multiply_tiles<kStart, 1, 2>(g, r, n * kTileSide, b);
-        else
-          multiply_tiles<kStart, 1, 1>(g, r, n * kTileSide, b);
-      }
+      for (int64_t r = row; r < end; r += pair) multiply_pair<kStart>(g, r, n * kTileSide, b, lower > 0, n + 2 <= vecs);
     }
     row = end;
   }
@@ -346,7 +351,8 @@ void gemm(const GemmArgs<M>& g, int64_t rows, int64_t vecs) {
       else
         gemm_tiles_turned<kStart>(part, rows, vecs);
       if (part.depth == g.depth) return;
-      part.a += part.depth * g.a_depth, part.b += part.depth * g.b_depth, part.depth = g.depth - part.depth;
+      part.a += part.depth / kTileSide * (g.a_depth == 1 ? g.a_step : kTileSide * g.a_depth),
+          part.b += part.depth * g.b_depth, part.depth = g.depth - part.depth;
       return gemm_vectors<M, Start::add>(part, rows, vecs);
     }
 #endif

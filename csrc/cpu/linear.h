@@ -55,6 +55,7 @@ struct JoinArgs {
 struct LinearKernels {
   int64_t accumulator_size;
   int64_t row_unit, most_rows, least_cols, tasks_per_thread;       // of what a task should be
+  int64_t most_depth;                                              // that a task packs at once
   int64_t (*scratch)(const LinearArgs&);                           // bytes
   void (*matmul)(const LinearArgs&, int64_t task, void* scratch);  // row blocks times column blocks, columns first
   void (*activation)(const ActivationArgs&, int64_t task);         // ceil(cols / kActivationCols)

@@ -24,12 +24,15 @@ Tensor dense_rows(const Tensor& x) {
 
 // Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
 void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_t col_unit) {
-  constexpr int64_t kCols = 384, kLeastRows = 192;
-  const int64_t wanted = kernels.tasks_per_thread * torch::stable::get_num_threads();
+  constexpr int64_t kCols = 384, kLeastRows = 192, kPackedBytes = 1200 << 10;  // more than half of an L2 cache
+  const int64_t threads = torch::stable::get_num_threads(), wanted = kernels.tasks_per_thread * threads;
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
+  const int64_t column = std::max<int64_t>(1, std::min(a.depth, kernels.most_depth)) * element_size(a.compute);
+  const int64_t most_cols = std::clamp(kPackedBytes / column, kernels.least_cols, kCols);
   int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kernels.most_rows)),
-          col_blocks = std::max<int64_t>(1, count(a.cols, kCols));
-  while (row_blocks * col_blocks < wanted) {
+          col_blocks = std::max<int64_t>(1, count(a.cols, most_cols));
+  const auto uneven = [&](int64_t tasks) { return tasks < 4 * threads && tasks % threads != 0; };
+  while (row_blocks * col_blocks < wanted || uneven(row_blocks * col_blocks)) {
     if (count(a.cols, col_blocks + 1) >= kernels.least_cols)
       ++col_blocks;
     else if (count(a.rows, row_blocks + 1) >= kLeastRows)

@@ -163,8 +163,9 @@ constexpr LinearKernels linear_of() {
   using T = typename M::Acc;
   // tiles multiply so fast that to pack B once, for all rows, and to read A few times is worth more than even shares
   constexpr bool kTiles = kByTiles<M>;
-  return {sizeof(T),         kTiles ? 32 : kTileRows, kTiles ? 1152 : 576, kTiles ? 192 : 128, kTiles ? 2 : 4,
-          linear_scratch<M>, linear_matmul<M>,        activation_task<T>,  move_row<T, false>, move_row<T, true>};
+  return {sizeof(T),          kTiles ? 32 : kTileRows,    kTiles ? 1152 : 576, kTiles ? 192 : 128,
+          kTiles ? 1 : 4,     kMatmulDepth<M> * M::kPack, linear_scratch<M>,   linear_matmul<M>,
+          activation_task<T>, move_row<T, false>,         move_row<T, true>};
 }
 
 // One row per DType, in its order.

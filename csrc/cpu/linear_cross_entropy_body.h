@@ -34,6 +34,10 @@ void gemm_in_parts(GemmArgs<M> g, int64_t rows, int64_t vecs, bool add) {
   }
 }
 
+// Elements of the depth, hidden or vocabulary, that are taken at once.
+template <class M>
+constexpr int64_t kLossDepth = kByTiles<M> ? 192 : kMatmulDepth<M>;
+
 // The memory that the tasks of a call share.
 template <class M>
 struct LossMemory {
@@ -147,10 +151,10 @@ void finish_logits(const LossArgs& a, const LossMemory<M>& m, int64_t block, int
 template <class M>
 void logits_task(const LossArgs& a, int64_t task, void* scratch) {
   using T = typename M::Acc;
-  constexpr int64_t kPanel = panel_of<M>(), kLanes = M::V::kLanes, kStep = kMatmulDepth<M> * M::kPack;
+  constexpr int64_t kPanel = panel_of<M>(), kLanes = M::V::kLanes, kStep = kLossDepth<M> * M::kPack;
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
-  const MatmulScratch<M> w(kMatmulRows, kLanes, a.depth, own);
+  const MatmulScratch<M> w(kMatmulRows, kLanes, least(a.depth, kStep), own);
   T* passing = a.keep_logits ? nullptr : own.take<T>(m.tokens * kMatmulRows);
   for (int64_t i = 0; i < m.tokens; ++i) {
     m.largest[task * m.tokens + i] = std::numeric_limits<T>::lowest();
@@ -331,14 +335,14 @@ void dweight_task(const LossArgs& a, int64_t task, void* scratch) {
 // The part of dhidden that the rows of one split of the vocabulary give, in some of its columns.
 template <class M>
 void dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
-  constexpr int64_t kPanel = panel_of<M>(), kStep = kMatmulDepth<M> * M::kPack;
+  constexpr int64_t kPanel = panel_of<M>(), kStep = kLossDepth<M> * M::kPack;
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const int64_t blocks = (a.depth + a.hidden_cols_per_task - 1) / a.hidden_cols_per_task;
   const int64_t split = task / blocks, col = task % blocks * a.hidden_cols_per_task;
   const int64_t cols = least(a.hidden_cols_per_task, a.depth - col);
   const int64_t begin = split * a.split_rows, end = least(a.vocab, begin + a.split_rows);
-  const MatmulScratch<M> w(1, cols, end - begin, own);
+  const MatmulScratch<M> w(1, cols, least(end - begin, kStep), own);
   const Matrix weight{a.weight.data, a.weight.depth_stride, a.weight.line_stride, a.weight.dtype};
   const auto* derivatives = reinterpret_cast<const typename M::Elem*>(m.logits);
   GemmArgs<M> g{};
@@ -376,15 +380,15 @@ template <class M>
 int64_t loss_scratch(const LossArgs& a) {
   using E = typename M::Elem;
   using T = typename M::Acc;
-  constexpr int64_t kLanes = M::V::kLanes;
+  constexpr int64_t kLanes = M::V::kLanes, kStep = kLossDepth<M> * M::kPack;
   const int64_t tokens = round_up(a.capacity, panel_of<M>());
   Arena pack(nullptr), logits(nullptr), dweight(nullptr), dhidden(nullptr);
   pack.take<E>(kLanes * round_up((a.depth + M::kPack - 1) / M::kPack, 16));
-  MatmulScratch<M>(kMatmulRows, kLanes, a.depth, logits);
+  MatmulScratch<M>(kMatmulRows, kLanes, least(a.depth, kStep), logits);
   logits.take<T>(a.keep_logits ? 0 : kMatmulRows * tokens);
   dweight.take<E>(kMatmulRows * round_up(tokens / M::kPack, 16));
   dweight.take<T>(kMatmulRows * round_up(a.depth, kLanes));
-  MatmulScratch<M>(1, least(a.depth, a.hidden_cols_per_task), a.split_rows, dhidden);
+  MatmulScratch<M>(1, least(a.depth, a.hidden_cols_per_task), least(a.split_rows, kStep), dhidden);
   int64_t most = 0;
   for (const int64_t used : {pack.used(), logits.used(), dweight.used(), dhidden.used()})
     most = most < used ? used : most;
@@ -396,7 +400,7 @@ constexpr LossKernels loss_of() {
   return {sizeof(typename M::Acc),
           panel_of<M>(),
           kMatmulRows,
-          kMatmulDepth<M> * M::kPack,
+          kLossDepth<M> * M::kPack,
           loss_shared<M>,
           loss_scratch<M>,
           pack_task<M>,

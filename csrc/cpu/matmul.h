@@ -10,10 +10,14 @@ inline const void* at(const Matrix& x, int64_t line, int64_t p) {
   return static_cast<const char*>(x.data) + (line * x.line_stride + p * x.depth_stride) * element_size(x.dtype);
 }
 
-constexpr int64_t kMatmulRows = 96;  // rows of A that share a pass over the packed B; a multiple of kTileRows
-// Elements of the depth that are packed at once. Of tiles: two columns of them fit in the L1 cache.
+constexpr int64_t kMatmulRows = 96;  // rows of A that are taken at once; a multiple of kTileRows
+// Rows that share a pass over the packed B. Two tiles of them stay in the L1 and L2 caches, as do their sums.
 template <class M>
-constexpr int64_t kMatmulDepth = kByTiles<M> ? 192 : 384;
+constexpr int64_t kPassRows = kByTiles<M> ? 2 * kTileSide : kMatmulRows;
+// Elements of the depth that are packed at once. Sums that pause lie in memory: where tiles multiply, that costs more
+// than to read all of B from the L2 cache.
+template <class M>
+constexpr int64_t kMatmulDepth = kByTiles<M> ? 1536 : 384;
 
 // The depth that is multiplied at once, in elements: whole tiles, of which the rest is zero.
 template <class M>
@@ -45,7 +49,7 @@ struct MatmulScratch {
     b = arena.take<E>(round_up(c_ld, panel_of<M>()) * elements);
     a = arena.take<E>(round_up(block, 16) * a_ld(elements));
     buffer = arena.take<E>(kLanes * elements);
-    c = arena.take<typename M::Acc>((depth <= kMatmulDepth<M> * M::kPack ? block : rows) * c_ld);
+    c = arena.take<typename M::Acc>((depth <= kMatmulDepth<M> * M::kPack ? kPassRows<M> : rows) * c_ld);
   }
 
   // Elements from one packed row of A to the next: whole vectors, and no multiple of what an L1 cache holds in a way.
@@ -57,29 +61,56 @@ template <class M>
 void pack_b(const Matrix& b, int64_t col, int64_t cols, int64_t k, int64_t n, const MatmulScratch<M>& w,
             GemmArgs<M>& g) {
   constexpr int64_t kPanel = panel_of<M>();
-  const int64_t elements = depth_elements<M>(n);
+  const int64_t elements = depth_elements<M>(n), filled = (n + M::kPack - 1) / M::kPack;
   g.b = w.b;
+  g.b_depth = kPanel;
+  g.b_panel = kPanel * elements;
   if (b.depth_stride == 1) {
     const void* lines[kPanel];
-    g.b_depth = kPanel;
-    g.b_panel = kPanel * elements;
     for (int64_t c = 0; c < cols; c += kPanel) {
       const int64_t have = cols - c < kPanel ? cols - c : kPanel;
       for (int64_t i = 0; i < have; ++i) lines[i] = at(b, col + c + i, k);
       pack_columns<M>(b.dtype, lines, have, n, w.b + c * elements, w.buffer);
-      for (int64_t p = (n + M::kPack - 1) / M::kPack * kPanel; p < elements * kPanel; ++p) w.b[c * elements + p] = 0;
+      for (int64_t p = filled * kPanel; p < elements * kPanel; ++p) w.b[c * elements + p] = 0;
     }
     return;
   }
-  g.b_depth = w.c_ld;
-  g.b_panel = kPanel;
+  // by tiles the lines of a panel should be neighbours, or their reading crosses a page every few lines
+  const int64_t width = kByTiles<M> ? kPanel : w.c_ld;
+  if (!kByTiles<M>) g.b_depth = w.c_ld, g.b_panel = kPanel;
   for (int64_t p = 0; p < n; p += M::kPack) {
-    const void* lines[2] = {at(b, col, k + p), at(b, col, k + p + 1)};
+    const int64_t have = n - p < M::kPack ? n - p : M::kPack;
     for (int64_t i = 0; i < M::kPack; ++i) fetch_line(b, col, k + p + i, cols);
-    pack_depth<M>(b.dtype, lines, n - p < M::kPack ? n - p : M::kPack, cols, w.b + p / M::kPack * w.c_ld, w.c_ld);
+    for (int64_t c = 0; c < cols; c += width) {
+      const void* lines[2] = {at(b, col + c, k + p), at(b, col + c, k + p + 1)};
+      pack_depth<M>(b.dtype, lines, have, cols - c < width ? cols - c : width,
+                    w.b + c * elements + p / M::kPack * width, width);
+    }
   }
-  for (int64_t p = (n + M::kPack - 1) / M::kPack * w.c_ld; p < elements * w.c_ld; ++p) w.b[p] = 0;
+  for (int64_t c = 0; c < cols; c += width)
+    for (int64_t p = filled * width; p < elements * width; ++p) w.b[c * elements + p] = 0;
 }
+
+#if LMK_TILES
+// Rows [row, row + rows) of A, whose columns lie in memory, over [k, k + n): (elements / kTileSide, rows, kTileSide).
+inline void turn_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, int64_t elements, uint32_t* dst) {
+  uint32_t part[kTileSide * kMatmulRows];
+  const int64_t ld = round_up(rows, kTileSide);
+  for (int64_t p = 0; p < elements; p += kTileSide, dst += ld * kTileSide) {
+    for (int64_t i = 0; i < kTileSide; ++i) {
+      const int64_t q = 2 * (p + i), have = n - q < 2 ? n - q : 2;
+      if (have <= 0) {
+        for (int64_t r = 0; r < ld; ++r) part[i * ld + r] = 0;
+        continue;
+      }
+      const void* lines[2] = {at(a, row, k + q), at(a, row, k + q + 1)};
+      for (int64_t l = 0; l < have; ++l) fetch_line(a, row, k + q + l, rows);
+      pack_depth<MathBf16>(a.dtype, lines, have, rows, part + i * ld, ld);
+    }
+    turn(part, ld, rows, kTileSide, dst, kTileSide);
+  }
+}
+#endif
 
 // Rows [row, row + rows) of A over [k, k + n) as the A of a product: where they lie, or packed.
 template <class M>
@@ -87,6 +118,8 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
             GemmArgs<M>& g) {
   using E = typename M::Elem;
   const int64_t elements = depth_elements<M>(n);
+  g.a = w.a;
+  g.a_depth = 1;
   if (a.depth_stride == 1) {
     const bool in_place = element_size(a.dtype) * M::kPack == int64_t(sizeof(E)) && n == elements * M::kPack &&
                           a.line_stride % M::kPack == 0;
@@ -95,7 +128,6 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
     if (in_place && !one_set) {
       g.a = static_cast<const E*>(at(a, row, k));
       g.a_row = a.line_stride / M::kPack;
-      g.a_depth = 1;
       return;
     }
     const int64_t ld = w.a_ld(elements);
@@ -104,19 +136,24 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
       pack_rows<M>(a.dtype, &line, 1, n, w.a + i * ld, ld);
     }
     g.a_row = ld;
-    g.a_depth = 1;
-  } else {
-    const int64_t ld = round_up(rows, 16);
-    for (int64_t p = (n + M::kPack - 1) / M::kPack * ld; p < elements * ld; ++p) w.a[p] = 0;
-    for (int64_t p = 0; p < n; p += M::kPack) {
-      const void* lines[2] = {at(a, row, k + p), at(a, row, k + p + 1)};
-      for (int64_t i = 0; i < M::kPack; ++i) fetch_line(a, row, k + p + i, rows);
-      pack_depth<M>(a.dtype, lines, n - p < M::kPack ? n - p : M::kPack, rows, w.a + p / M::kPack * ld, ld);
-    }
-    g.a_row = 1;
-    g.a_depth = ld;
+    return;
   }
-  g.a = w.a;
+#if LMK_TILES
+  if constexpr (kByTiles<M>) {
+    turn_a(a, row, rows, k, n, elements, w.a);
+    g.a_row = kTileSide;
+    g.a_step = round_up(rows, kTileSide) * kTileSide;
+    return;
+  }
+#endif
+  const int64_t ld = round_up(rows, 16);
+  for (int64_t p = 0; p < n; p += M::kPack) {
+    const void* lines[2] = {at(a, row, k + p), at(a, row, k + p + 1)};
+    for (int64_t i = 0; i < M::kPack; ++i) fetch_line(a, row, k + p + i, rows);
+    pack_depth<M>(a.dtype, lines, n - p < M::kPack ? n - p : M::kPack, rows, w.a + p / M::kPack * ld, ld);
+  }
+  g.a_row = 1;
+  g.a_depth = ld;
 }
 
 // epilogue(row, n, c, c_ld) takes the sums c (n, cols), rows of whole vectors, of rows [row, row + n), and may change
@@ -126,21 +163,28 @@ void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t
             const MatmulScratch<M>& w, const Epilogue& epilogue) {
   GemmArgs<M> g{};
   g.c_row = w.c_ld;
-  const int64_t step = kMatmulDepth<M> * M::kPack;
+  const int64_t most = kMatmulDepth<M> * M::kPack, parts = depth > most ? (depth + most - 1) / most : 1;
+  const int64_t step = kByTiles<M> ? round_up((depth + parts - 1) / parts, 2 * kTileSide) : most;
+  // packed rows of A should leave room for B in the L2 cache; columns are worth packing many at once
+  const int64_t take = a.depth_stride == 1 ? kPassRows<M> : kMatmulRows;
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
     const int64_t n = depth - k < step ? depth - k : step;
     const bool last = k + step >= depth;
     pack_b<M>(b, col, cols, k, n, w, g);
     g.depth = depth_elements<M>(n);
-    for (int64_t r = 0; r < rows; r += kMatmulRows) {
-      const int64_t count = rows - r < kMatmulRows ? rows - r : kMatmulRows;
-      take_a<M>(a, row + r, count, k, n, w, g);
-      g.c = depth <= step ? w.c : w.c + r * w.c_ld;
-      if (k == 0)
-        gemm<M, Start::zero>(g, count, w.vecs);
-      else
-        gemm<M, Start::add>(g, count, w.vecs);
-      if (last) epilogue(row + r, count, g.c, w.c_ld);
+    for (int64_t taken = 0; taken < rows; taken += take) {
+      const int64_t count = rows - taken < take ? rows - taken : take;
+      take_a<M>(a, row + taken, count, k, n, w, g);
+      for (int64_t i = 0; i < count; i += kPassRows<M>) {
+        const int64_t r = taken + i, have = count - i < kPassRows<M> ? count - i : kPassRows<M>;
+        g.c = depth <= most ? w.c : w.c + r * w.c_ld;
+        if (k == 0)
+          gemm<M, Start::zero>(g, have, w.vecs);
+        else
+          gemm<M, Start::add>(g, have, w.vecs);
+        if (last) epilogue(row + r, have, g.c, w.c_ld);
+        g.a += kPassRows<M> * g.a_row;
+      }
     }
   }
 }
