@@ -163,8 +163,9 @@ void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t
             const MatmulScratch<M>& w, const Epilogue& epilogue) {
   GemmArgs<M> g{};
   g.c_row = w.c_ld;
-  const int64_t most = kMatmulDepth<M> * M::kPack, parts = depth > most ? (depth + most - 1) / most : 1;
-  const int64_t step = kByTiles<M> ? round_up((depth + parts - 1) / parts, 2 * kTileSide) : most;
+  const int64_t most = kMatmulDepth<M> * M::kPack, parts = (depth + most - 1) / most;
+  const bool even = kByTiles<M> && parts > 1;
+  const int64_t step = even ? round_up((depth + parts - 1) / parts, 2 * kTileSide) : most;
   // packed rows of A should leave room for B in the L2 cache; columns are worth packing many at once
   const int64_t take = a.depth_stride == 1 ? kPassRows<M> : kMatmulRows;
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
