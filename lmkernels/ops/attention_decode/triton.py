@@ -25,7 +25,7 @@ def tile(d: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 16, "BLOCK_N": n // 2, "num_warps": 4 if d == 64 and rows <= 16 else 8, "num_stages": 1}
     m = min(64, max(16, _triton.next_power_of_2(rows)))
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 8 if m == 64 else 4, "num_stages": 3}
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": 8 if m == 64 and d > 64 else 4, "num_stages": 3}
 
 
 def shares_of(span: int, chunks: int, block: int) -> tuple[int, int]:
