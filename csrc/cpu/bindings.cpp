@@ -128,6 +128,7 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "attention_decode_binding.h"
 #include "attention_varlen_binding.h"
 #include "decode_step_binding.h"
+#include "dropout_binding.h"
 #include "embed_binding.h"
 #include "linear_cross_entropy_binding.h"
 #include "norms_binding.h"

@@ -30,7 +30,7 @@ struct LinearArgs {
   int64_t rows_per_task, cols_per_task;
 };
 
-// Gradients through out = activation(pre), or out = activation(gate) * pre. All are (rows, cols).
+// Gradients through out = activation(pre), or out = activation(gate) * pre, or out = pre. All are (rows, cols).
 struct ActivationArgs {
   DType dtype;  // of all but dout
   int64_t rows, cols;
@@ -41,6 +41,7 @@ struct ActivationArgs {
   const void *pre, *gate;    // rows of cols; gate may be null, and pre where there is no activation
   void *dpre, *dgate, *out;  // rows of cols; null where not wanted
   void* dbias;               // (cols,) float or double: the sum of dpre over the rows, or null
+  void* partial;             // (ceil(rows / kActivationRows), cols), as dbias: its sums over blocks of rows, or null
 };
 
 // Rows of the product that become the heads of HeadSplit's tensors, or gradients of these, rotated back, that become
@@ -58,12 +59,13 @@ struct LinearKernels {
   int64_t most_depth;                                              // that a task packs at once
   int64_t (*scratch)(const LinearArgs&);                           // bytes
   void (*matmul)(const LinearArgs&, int64_t task, void* scratch);  // row blocks times column blocks, columns first
-  void (*activation)(const ActivationArgs&, int64_t task);         // ceil(cols / kActivationCols)
+  void (*activation)(const ActivationArgs&, int64_t task);         // row blocks times strips of columns, columns first
+  void (*sum_blocks)(const ActivationArgs&, int64_t task);         // ceil(cols / kActivationCols): dbias from partial
   void (*split)(const JoinArgs&, int64_t task);                    // rows
   void (*join)(const JoinArgs&, int64_t task);                     // rows
 };
 
-constexpr int64_t kActivationCols = 128;
+constexpr int64_t kActivationRows = 64, kActivationCols = 1024;
 
 const LinearKernels& linear_kernels(DType compute);
 

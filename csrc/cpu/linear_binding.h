@@ -126,10 +126,16 @@ Tensor bias_gradient(const Tensor& like, int64_t cols, bool needed) {
   return new_tensor(like, {needed ? cols : 0}, accumulator(like));
 }
 
-void run_activation(const lmk::ActivationArgs& a) {
-  const int64_t tasks = (a.cols + lmk::kActivationCols - 1) / lmk::kActivationCols;
-  run_tasks(tasks, 0, 20.0 * a.rows * a.cols,
-            [&](int64_t task, void*) { lmk::linear_kernels(a.dtype).activation(a, task); });
+// a.dbias, where it is wanted, through sums of blocks of rows.
+void run_activation(lmk::ActivationArgs& a, const Tensor& dbias) {
+  const lmk::LinearKernels& kernels = lmk::linear_kernels(a.dtype);
+  const int64_t blocks = (a.rows + lmk::kActivationRows - 1) / lmk::kActivationRows;
+  const int64_t strips = (a.cols + lmk::kActivationCols - 1) / lmk::kActivationCols;
+  const bool sums = dbias.numel() > 0;
+  Tensor partial = new_tensor(dbias, {sums ? blocks : 0, sums ? a.cols : 0});
+  if (sums) a.dbias = dbias.mutable_data_ptr(), a.partial = partial.mutable_data_ptr();
+  run_tasks(blocks * strips, 0, 20.0 * a.rows * a.cols, [&](int64_t task, void*) { kernels.activation(a, task); });
+  if (sums) run_tasks(strips, 0, 1.0 * blocks * a.cols, [&](int64_t task, void*) { kernels.sum_blocks(a, task); });
 }
 
 // The gradients of x and weight for out = x weight^T, whose gradient is dout.
@@ -186,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor&
       p.pre = pre->const_data_ptr();
       p.dpre = dpre.mutable_data_ptr();
     }
-    p.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
-    run_activation(p);
+    run_activation(p, dbias);
     if (active) dout = dpre;
   }
   const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight);
@@ -215,8 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> activation_bwd(const Tensor& dout_, c
   p.pre = pre.const_data_ptr(), p.gate = gate ? gate->const_data_ptr() : nullptr;
   p.dpre = dpre.mutable_data_ptr(), p.out = out.mutable_data_ptr();
   p.dgate = gate ? dgate.mutable_data_ptr() : nullptr;
-  p.dbias = need_dbias ? dbias.mutable_data_ptr() : nullptr;
-  run_activation(p);
+  run_activation(p, dbias);
   return {dpre, dgate, out, dbias};
 }
 

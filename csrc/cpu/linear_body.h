@@ -96,45 +96,106 @@ void linear_matmul(const LinearArgs& a, int64_t task, void* scratch) {
   matmul<M>(a.a, a.b, row, rows, col, cols, a.depth, w, Finish<typename M::Acc>{a, col, cols});
 }
 
-// Sums over the rows run through blocks of 64, whose sums join a double.
+// A part of a row of ActivationArgs. sum (columns,) is added to.
+template <class E, class D>
+struct ActivationRow {
+  Activation activation;
+  const D* dout;
+  const E *pre, *gate;
+  E *dpre, *dgate, *out;
+  Acc<E>* sum;
+
+  void vector(int64_t i) const {
+    using V = Vec<Acc<E>>;
+    V d = load_vec(dout + i);
+    // before any store: all rows may lie at the same place of a page, and then a load waits for the stores before it
+    const V total = sum ? V::load(sum + i) : V::zero();
+    if (gate) {
+      const V p = load_vec(pre + i);
+      const auto active = activated<Acc<E>>(activation, load_vec(gate + i));
+      if (out) store_vec(active.value * p, out + i);
+      if (dgate) store_vec(d * p * active.slope, dgate + i);
+      d = d * active.value;
+    } else if (pre) {
+      const auto active = activated<Acc<E>>(activation, load_vec(pre + i));
+      if (out) store_vec(active.value, out + i);
+      d = d * active.slope;
+    }
+    if (dpre) store_vec(d, dpre + i);
+    if (sum) (total + d).store(sum + i);
+  }
+
+  // Fewer columns than a vector has, by way of whole vectors.
+  void rest(int64_t i, int64_t n) const {
+    constexpr int64_t kLanes = Vec<Acc<E>>::kLanes;
+    const size_t bytes = size_t(n) * sizeof(E);
+    D douts[kLanes] = {};
+    E pres[kLanes] = {}, gates[kLanes] = {}, dpres[kLanes], dgates[kLanes], outs[kLanes];
+    Acc<E> sums[kLanes] = {};
+    memcpy(douts, dout + i, size_t(n) * sizeof(D));
+    if (pre) memcpy(pres, pre + i, bytes);
+    if (gate) memcpy(gates, gate + i, bytes);
+    ActivationRow{activation, douts, pre ? pres : nullptr, gate ? gates : nullptr, dpres, dgates, outs, sums}.vector(0);
+    if (dpre) memcpy(dpre + i, dpres, bytes);
+    if (dgate) memcpy(dgate + i, dgates, bytes);
+    if (out) memcpy(out + i, outs, bytes);
+    for (int64_t c = 0; sum && c < n; ++c) sum[i + c] += sums[c];
+  }
+};
+
+template <class E, class D>
+void activation_block(const ActivationArgs& a, int64_t task) {
+  using T = Acc<E>;
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  const int64_t strips = (a.cols + kActivationCols - 1) / kActivationCols;
+  const int64_t row = task / strips * kActivationRows, col = task % strips * kActivationCols;
+  const int64_t end = row + kActivationRows < a.rows ? row + kActivationRows : a.rows;
+  const int64_t n = a.cols - col < kActivationCols ? a.cols - col : kActivationCols;
+  T* const sum = a.partial ? static_cast<T*>(a.partial) + task / strips * a.cols + col : nullptr;
+  for (int64_t i = 0; sum && i < n; ++i) sum[i] = 0;
+  for (int64_t r = row; r < end; ++r) {
+    const auto part = [&](auto* base) { return base ? base + r * a.cols + col : nullptr; };
+    const ActivationRow<E, D> x{a.activation,
+                                static_cast<const D*>(a.dout) + r * a.dout_row + col,
+                                part(static_cast<const E*>(a.pre)),
+                                part(static_cast<const E*>(a.gate)),
+                                part(static_cast<E*>(a.dpre)),
+                                part(static_cast<E*>(a.dgate)),
+                                part(static_cast<E*>(a.out)),
+                                sum};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) x.vector(i);
+    if (i < n) x.rest(i, n - i);
+  }
+}
+
 template <class T>
 void activation_task(const ActivationArgs& a, int64_t task) {
-  using V = Vec<T>;
-  constexpr int64_t kCols = kActivationCols, kRows = 64;
-  const int64_t col = task * kCols, n = a.cols - col < kCols ? a.cols - col : kCols, size = element_size(a.dtype);
-  double total[kCols] = {};
-  T sum[kCols], dout[kCols], pre[kCols], gate[kCols], out[kCols], dgate[kCols];
-  for (T* row : {dout, pre, gate})
-    for (int64_t i = 0; i < kCols; ++i) row[i] = 0;
-  for (int64_t block = 0; block < a.rows; block += kRows) {
-    for (int64_t i = 0; i < n; ++i) sum[i] = 0;
-    for (int64_t r = block; r < block + kRows && r < a.rows; ++r) {
-      const int64_t at = (r * a.cols + col) * size;
-      load_row(a.dout_dtype, static_cast<const char*>(a.dout) + (r * a.dout_row + col) * element_size(a.dout_dtype), n,
-               dout);
-      if (a.pre) load_row(a.dtype, static_cast<const char*>(a.pre) + at, n, pre);
-      if (a.gate) load_row(a.dtype, static_cast<const char*>(a.gate) + at, n, gate);
-      for (int64_t i = 0; i < n; i += V::kLanes) {
-        const V d = V::load(dout + i), p = V::load(pre + i), g = V::load(gate + i);
-        if (a.gate) {
-          const V active = activate<T>(a.activation, g);
-          (active * p).store(out + i);
-          (d * p * activate_grad<T>(a.activation, g)).store(dgate + i);
-          (d * active).store(dout + i);
-        } else if (a.activation != Activation::none) {
-          if (a.out) activate<T>(a.activation, p).store(out + i);
-          (d * activate_grad<T>(a.activation, p)).store(dout + i);
-        }
-      }
-      if (a.dpre) store_row(a.dtype, dout, n, static_cast<char*>(a.dpre) + at);
-      if (a.dgate) store_row(a.dtype, dgate, n, static_cast<char*>(a.dgate) + at);
-      if (a.out) store_row(a.dtype, out, n, static_cast<char*>(a.out) + at);
-      for (int64_t i = 0; i < n; ++i) sum[i] += dout[i];
-    }
+  if constexpr (sizeof(T) == 8)
+    activation_block<double, double>(a, task);
+  else if (a.dtype == DType::f32)
+    activation_block<float, float>(a, task);
+  else if (a.dtype == DType::bf16 && a.dout_dtype == DType::f32)
+    activation_block<Bf16, float>(a, task);
+  else if (a.dtype == DType::bf16)
+    activation_block<Bf16, Bf16>(a, task);
+  else if (a.dout_dtype == DType::f32)
+    activation_block<F16, float>(a, task);
+  else
+    activation_block<F16, F16>(a, task);
+}
+
+// Sums of blocks of rows join a double.
+template <class T>
+void sum_blocks(const ActivationArgs& a, int64_t task) {
+  const int64_t col = task * kActivationCols, blocks = (a.rows + kActivationRows - 1) / kActivationRows;
+  const int64_t n = a.cols - col < kActivationCols ? a.cols - col : kActivationCols;
+  double total[kActivationCols] = {};
+  for (int64_t block = 0; block < blocks; ++block) {
+    const T* sum = static_cast<const T*>(a.partial) + block * a.cols + col;
     for (int64_t i = 0; i < n; ++i) total[i] += double(sum[i]);
   }
-  if (a.dbias)
-    for (int64_t i = 0; i < n; ++i) static_cast<T*>(a.dbias)[col + i] = T(total[i]);
+  for (int64_t i = 0; i < n; ++i) static_cast<T*>(a.dbias)[col + i] = T(total[i]);
 }
 
 // One row; kJoin: from the heads to the product.
@@ -163,9 +224,10 @@ constexpr LinearKernels linear_of() {
   using T = typename M::Acc;
   // tiles multiply so fast that to pack B once, for all rows, and to read A few times is worth more than even shares
   constexpr bool kTiles = kByTiles<M>;
-  return {sizeof(T),          kTiles ? 32 : kTileRows,    kTiles ? 1152 : 576, kTiles ? 192 : 128,
-          kTiles ? 1 : 4,     kMatmulDepth<M> * M::kPack, linear_scratch<M>,   linear_matmul<M>,
-          activation_task<T>, move_row<T, false>,         move_row<T, true>};
+  return {sizeof(T),          kTiles ? 32 : kTileRows, kTiles ? 1152 : 576,
+          kTiles ? 192 : 128, kTiles ? 1 : 4,          kMatmulDepth<M> * M::kPack,
+          linear_scratch<M>,  linear_matmul<M>,        activation_task<T>,
+          sum_blocks<T>,      move_row<T, false>,      move_row<T, true>};
 }
 
 // One row per DType, in its order.

@@ -103,8 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_bwd(const Tensor& dq_, const T
     lmk::ActivationArgs p{};
     p.dtype = j.dtype, p.rows = j.rows, p.cols = cols;
     p.dout = dout.const_data_ptr(), p.dout_row = cols, p.dout_dtype = j.dtype;
-    p.dbias = dbias.mutable_data_ptr();
-    run_activation(p);
+    run_activation(p, dbias);
   }
   const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight);
   return {dx, dweight, dbias};

@@ -19,6 +19,7 @@ from ..nn._scope import is_for_torch
 from ..nn._stand_in import StandIn
 from ..nn.embedding import is_dense, table, takes_indices
 from ..nn.replace import is_conv1d, original
+from ..ops.dropout import drop
 from ..ops.embed import embed
 from ..ops.linear import linear
 from ..ops.mlp import mlp, swiglu_mlp
@@ -299,38 +300,14 @@ class Embeddings(StandIn):
 
 
 class Dropout(StandIn):
-    """torch.nn.Dropout with 16 random bits for an element: four of a random integer, where torch draws one each.
-
-    An element is dropped with probability round(2^16 p) / 2^16, and what is kept grows by that probability's share, so
-    that the expectation is exact. torch's generator gives the bits, as `torch.manual_seed` says.
-    """
+    """torch.nn.Dropout, whose decisions on a CPU come from all cores, 16 bits each."""
 
     @staticmethod
     def read(module: nn.Module) -> tuple | None:
         return () if type(module) is nn.Dropout else None
 
     def forward(self, input: Tensor) -> Tensor:
-        dropped = round(self.p * 2**16)
-        fast = self.training and 0 < dropped < 2**16 and not self.inplace and input.is_cpu
-        if not fast or torch.compiler.is_compiling() or is_for_torch(input):
-            return super().forward(input)
-        bits = torch.empty((input.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        kept = (bits.view(torch.int16)[: input.numel()] >= dropped - 2**15).view(input.shape)
-        return _Dropped.apply(input, kept, 2**16 / (2**16 - dropped))
-
-
-class _Dropped(torch.autograd.Function):
-    """Where kept, scale * x; else 0. Differentiable any number of times."""
-
-    @staticmethod
-    def forward(ctx, x, kept, scale):
-        ctx.save_for_backward(kept)
-        ctx.scale = scale
-        return (x * kept).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return _Dropped.apply(dout, ctx.saved_tensors[0], ctx.scale), None, None
+        return super().forward(input) if is_for_torch(input) else drop(self, input)
 
 
 FORWARDS = (RMSNorm, MLP, SwiGLU, AddAndNorm, FeedForwardChunk, SelfAttention, Embeddings, Dropout)

@@ -19,6 +19,7 @@ from ..ops.norms import layer_norm, rms_norm
 from ..ops.positions import add_positions
 from ..ops.qkv_projection import qkv_projection
 from ..ops.rotary import rotary
+from .dropout import Dropout
 from .outputs import CausalLMOutput
 from .pretrained import GenerationDefaults, PretrainedConfig, PretrainedModel
 from .project import project, weights_of
@@ -235,7 +236,7 @@ class GPT2Attention(nn.Module):
         d_qkv = (self.n_head + 2 * self.kv_heads) * d
         self.c_attn = Conv1D(d_qkv, d_model, bias=config.bias, std=config.initializer_range)
         self.c_proj = Conv1D(d_model, d_model, bias=config.bias, std=config.residual_std)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x, residual, mask, cache, rotation):
         q, k, v = self.heads(x, rotation)  # (b, s, h or h_kv, d)
@@ -246,7 +247,7 @@ class GPT2Attention(nn.Module):
             out = cache.attend(self.layer, q, k, v, **options)
         out = out.flatten(2)  # (b, s, h d)
         if self.training and self.resid_dropout.p > 0:
-            return residual + self.resid_dropout(project(self.c_proj, out))
+            return self.resid_dropout(project(self.c_proj, out), residual)
         return project(self.c_proj, out, residual=residual)
 
     def heads(self, x, rotation):
@@ -269,11 +270,11 @@ class GPT2MLP(nn.Module):
             self.c_fc = Conv1D(config.d_ff, config.n_embd, **inward)
         self.c_proj = Conv1D(config.n_embd, config.d_ff, bias=inward["bias"], std=config.residual_std)
         self.activation = ACTIVATIONS[config.activation_function]
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x, residual):
         if self.training and self.dropout.p > 0:
-            return residual + self.dropout(self.layers(x, None))
+            return self.dropout(self.layers(x, None), residual)
         return self.layers(x, residual)
 
     def layers(self, x, residual):
@@ -314,7 +315,7 @@ class GPT2Model(nn.Module):
             self.rotary = RotaryEmbedding(
                 config.rotary_columns, max_positions=config.n_positions, base=config.rope_theta
             )
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm_of(config)
 
