@@ -57,6 +57,7 @@ struct LinearKernels {
   int64_t accumulator_size;
   int64_t row_unit, most_rows, least_cols, tasks_per_thread;       // of what a task should be
   int64_t most_depth;                                              // that a task packs at once
+  int64_t packed_bytes;                                            // of an element of B
   int64_t (*scratch)(const LinearArgs&);                           // bytes
   void (*matmul)(const LinearArgs&, int64_t task, void* scratch);  // row blocks times column blocks, columns first
   void (*activation)(const ActivationArgs&, int64_t task);         // row blocks times strips of columns, columns first

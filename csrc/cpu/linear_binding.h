@@ -27,7 +27,7 @@ void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_
   constexpr int64_t kCols = 384, kLeastRows = 192, kPackedBytes = 1200 << 10;  // more than half of an L2 cache
   const int64_t threads = torch::stable::get_num_threads(), wanted = kernels.tasks_per_thread * threads;
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
-  const int64_t column = std::max<int64_t>(1, std::min(a.depth, kernels.most_depth)) * element_size(a.compute);
+  const int64_t column = std::max<int64_t>(1, std::min(a.depth, kernels.most_depth)) * kernels.packed_bytes;
   const int64_t most_cols = std::clamp(kPackedBytes / column, kernels.least_cols, kCols);
   int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kernels.most_rows)),
           col_blocks = std::max<int64_t>(1, count(a.cols, most_cols));

@@ -93,7 +93,11 @@ void linear_matmul(const LinearArgs& a, int64_t task, void* scratch) {
   const int64_t cols = a.cols - col < a.cols_per_task ? a.cols - col : a.cols_per_task;
   Arena arena(scratch);
   const MatmulScratch<M> w(rows, cols, a.depth, arena);
-  matmul<M>(a.a, a.b, row, rows, col, cols, a.depth, w, Finish<typename M::Acc>{a, col, cols});
+  const Finish<typename M::Acc> finish{a, col, cols};
+  if constexpr (kBySplit<M>)
+    matmul_split(a.a, a.b, row, rows, col, cols, a.depth, w, finish);
+  else
+    matmul<M>(a.a, a.b, row, rows, col, cols, a.depth, w, finish);
 }
 
 // A part of a row of ActivationArgs. sum (columns,) is added to.
@@ -220,19 +224,28 @@ void move_row(const JoinArgs& a, int64_t row) {
 }
 
 template <class M>
-constexpr LinearKernels linear_of() {
+constexpr LinearKernels linear_of(int64_t packed_bytes, int64_t most_depth = kMatmulDepth<M> * M::kPack) {
   using T = typename M::Acc;
-  // tiles multiply so fast that to pack B once, for all rows, and to read A few times is worth more than even shares
+  // tiles multiply so fast that to pack B once, for all rows, and to read A a few times is worth more than even shares
   constexpr bool kTiles = kByTiles<M>;
   return {sizeof(T),          kTiles ? 32 : kTileRows, kTiles ? 1152 : 576,
-          kTiles ? 192 : 128, kTiles ? 1 : 4,          kMatmulDepth<M> * M::kPack,
-          linear_scratch<M>,  linear_matmul<M>,        activation_task<T>,
-          sum_blocks<T>,      move_row<T, false>,      move_row<T, true>};
+          kTiles ? 192 : 128, kTiles ? 1 : 4,          most_depth,
+          packed_bytes,       linear_scratch<M>,       linear_matmul<M>,
+          activation_task<T>, sum_blocks<T>,           move_row<T, false>,
+          move_row<T, true>};
+}
+
+constexpr LinearKernels linear_of_float() {
+#if LMK_TILES
+  return linear_of<MathSplit>(2 * kSplitParts, kSplitDepth);
+#else
+  return linear_of<MathFma<float>>(sizeof(float));
+#endif
 }
 
 // One row per DType, in its order.
-constexpr LinearKernels kLinear[] = {linear_of<MathFma<float>>(), linear_of<MathForBf16>(), linear_of<MathFma<float>>(),
-                                     linear_of<MathFma<double>>()};
+constexpr LinearKernels kLinear[] = {linear_of_float(), linear_of<MathForBf16>(LMK_BF16_DOT ? 2 : 4), linear_of_float(),
+                                     linear_of<MathFma<double>>(sizeof(double))};
 
 }  // namespace
 }  // namespace LMK_NS

@@ -39,6 +39,7 @@ struct MatmulScratch {
   int64_t vecs, c_ld;
   E *b, *a, *buffer;
   typename M::Acc* c;
+  MatmulScratch() = default;
   MatmulScratch(int64_t rows, int64_t cols, int64_t depth, Arena& arena) {
     constexpr int64_t kLanes = M::V::kLanes;
     vecs = (cols + kLanes - 1) / kLanes;
@@ -193,3 +194,5 @@ void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t
 }  // namespace
 }  // namespace LMK_NS
 }  // namespace lmk
+
+#include "matmul_split.h"
