@@ -149,6 +149,25 @@ def test_autocast_keeps_a_float32_residual_in_float32(backend):
     assert torch.equal(out, residual)
 
 
+# 50 rows are two blocks of a product by tiles, and a depth of 1600 is multiplied in parts
+@pytest.mark.parametrize("depth", [70, 1600])
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_infinities_and_nans_stay_what_and_where_they_are_in_float32(depth, where, native):
+    inputs = {"x": torch.randn(50, depth), "weight": torch.randn(90, depth)}
+    inputs[where][40, depth - 3], inputs[where][45, 1], inputs[where][46, 2] = torch.inf, -torch.inf, torch.nan
+    ours, torchs = linear(**inputs, backend=native), F.linear(**inputs)
+    torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("scales", [(1e-37, 1.0), (1.0, 1e-37), (1e-25, 1e-8), (1e30, 1e-30), (1e25, 1e10)], ids=str)
+@pytest.mark.parametrize("depth", [70, 1600])
+def test_float32_keeps_its_digits_over_its_whole_range(depth, scales, native):
+    x, weight = torch.randn(50, depth) * scales[0], torch.randn(90, depth) * scales[1]
+    want = x.double() @ weight.double().t()
+    for y in (linear(x, weight, backend=native), F.linear(x, weight)):
+        assert (y.double() - want).norm() < 3e-6 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_a_row_gets_the_same_bits_in_any_batch_and_with_any_number_of_threads(dtype, native):
     inputs = cases.LinearCase("invariance", (300,), 200, 500).make(dtype)
