@@ -25,6 +25,7 @@ import lmkernels as lmk
 from lmkernels import _library
 from lmkernels.ops import _skinny  # noqa: F401
 from lmkernels.ops import decode_step as step
+from lmkernels.ops.dropout import drop
 from lmkernels.testing import cases
 from lmkernels.testing.numerics import attention_results, results
 
@@ -170,6 +171,16 @@ def rotary(dtype: torch.dtype) -> Iterator[str]:
         results(native(lmk.rotary), inputs, ["x"], **options)
 
 
+def dropout(dtype: torch.dtype) -> Iterator[str]:
+    for n, residual_dtype in itertools.product((0, 1, 127, 130, 20_000), (None, dtype, torch.float32)):
+        if dtype == torch.float64 and residual_dtype == torch.float32:
+            continue
+        yield f"{n} elements, residual {residual_dtype}"
+        x = torch.randn(n).to(dtype).requires_grad_()
+        residual = None if residual_dtype is None else torch.randn(n).to(residual_dtype).requires_grad_()
+        drop(torch.nn.Dropout(0.3), x, residual).sum().backward()
+
+
 def softmax(dtype: torch.dtype) -> Iterator[str]:
     for case in cases.SOFTMAX:
         yield case.name
@@ -193,6 +204,7 @@ OPS = {
         quantize_weight,
         rotary,
         softmax,
+        dropout,
     )
 }
 
