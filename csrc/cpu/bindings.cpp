@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -92,6 +95,18 @@ lmk::DType dtype_of(const Tensor& x) {
   return lmk::DType::f32;
 }
 
+// Asks for huge pages where `bytes` from `data` on hold some: fresh memory costs a page fault for each page, which is
+// more than a fast op takes to fill it. Where the system gives none, or memory has been used before, this changes
+// nothing.
+void want_huge_pages(void* data, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // A contiguous tensor on the CPU, not written yet; without a dtype, in that of `like`. torch::stable::new_empty goes
 // through the dispatcher, which costs more than a microsecond each time. With LMKERNELS_POISON_MEMORY, as in the tests,
 // it holds NaN.
@@ -106,6 +121,8 @@ Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, std::optional
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                   aoti_torch_device_type_cpu(), 0, &made));
   Tensor x(made);
+  const int64_t bytes = x.numel() * int64_t(x.element_size());
+  if (bytes >= 4 << 20) want_huge_pages(x.mutable_data_ptr(), bytes);
   if (poisoned && x.numel() > 0) memset(x.mutable_data_ptr(), 0xff, size_t(x.numel()) * x.element_size());
   return x;
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +274,27 @@ def test_a_float32_stream_stays_float32_beside_bfloat16(norm, backend):
     assert y.dtype == s.dtype == torch.float32 and torch.equal(s, inputs["x"] + inputs["residual"])
     swapped = inputs | {"x": inputs["residual"], "residual": inputs["x"]}
     assert all(torch.equal(a, e) for a, e in zip(norm(**swapped, backend=backend), (y, s), strict=True))
+
+
+def mapping_flags(address: int) -> list[str]:
+    """The kernel's flags of the mapping that holds an address of this process."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no transparent huge pages"
+)
+def test_large_results_ask_for_huge_pages(norm, native):
+    if Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split()[0] == "[always]":
+        pytest.skip("this system gives huge pages without being asked")
+    y = norm(torch.randn(4096, 768), weight=torch.ones(768), bias=torch.zeros(768), backend=native)
+    assert "hg" in mapping_flags(y.data_ptr() + y.nbytes // 2)
 
 
 # --- bad arguments
