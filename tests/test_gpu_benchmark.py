@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
@@ -48,6 +49,15 @@ def test_without_a_gpu_it_says_in_one_line_what_it_needs():
     (line,) = run.stderr.splitlines()
     assert line.startswith("benchmarks.gpu: it needs an NVIDIA GPU from sm_80 on, a CUDA build of torch and Triton 3.6")
     assert f"this is torch {torch.__version__}" in line
+
+
+def test_a_python_without_torch_is_told_in_one_line():
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == (
+        f"benchmarks.gpu: {sys.executable} has no package torch; `make gpu GPU_PYTHON=...` names another Python\n"
+    )
 
 
 def test_a_gpu_that_is_too_old_or_a_missing_triton_is_named(monkeypatch):
@@ -188,6 +198,17 @@ def test_no_time_is_given_for_what_is_wrong_or_fails(monkeypatch):
     assert alone["ours"] > 0 and "ratio" not in alone
 
 
+def test_a_part_that_cannot_be_made_costs_that_part(monkeypatch):
+    def raises(setting):
+        raise RuntimeError("no room")
+
+    monkeypatch.setitem(PARTS, "layers", raises)
+    for skip in (0, 1):
+        events = measured(replace(SMALL, parts=("layers", "precision"), skip=skip, ceilings=CEILINGS))
+        found = [(event["part"], event["row"].get("error")) for event in events if "row" in event]
+        assert found == [("layers", "RuntimeError: no room")] * (skip == 0) + [("precision", None)] * 4
+
+
 # --- processes, and the record ---
 
 
@@ -228,6 +249,8 @@ def test_what_a_process_prints_and_when_it_has_printed_nothing_for_too_long(tmp_
 # A worker that measures lines 0 .. 5 of two parts, and does something at one of them.
 WORKER = """
 task = json.loads(sys.argv[1])
+if task["skip"] >= %d:
+    sys.exit(7)
 say = lambda **event: print(json.dumps(event), flush=True)
 say(conditions={"gpu": "none"}, ceilings=%r)
 for i in range(task["skip"], 6):
@@ -242,10 +265,10 @@ say(done=True)
 
 @pytest.fixture
 def worker(monkeypatch):
-    """worker(line, code): what measures is a program that runs `code` at that line."""
+    """worker(line, code, last): what measures is a program that runs code at that line, and does not begin at last."""
 
-    def replaced(line: int, code: str) -> None:
-        text = WORKER % (CEILINGS, line, code)
+    def replaced(line: int, code: str, last: int = 100) -> None:
+        text = WORKER % (last, CEILINGS, line, code)
         original = Process.__init__
 
         def init(self, command, *arguments, **options):
@@ -282,6 +305,16 @@ def test_a_line_that_crashes_or_hangs_costs_that_line(code, reason, worker, tmp_
     out = capsys.readouterr().out
     assert f"attention: line 2: error {reason}" in out
     assert re.search(r"\nnorms\nname +unit +ours +ratio\n[- ]+\nline 3 +ms +1 +2\n", out)
+
+
+@pytest.mark.parametrize(("last", "told"), [(0, "begin"), (3, "go on")])
+def test_processes_that_end_before_any_line_are_not_begun_for_ever(last, told, worker, tmp_path, capsys):
+    worker(2, "say(row={'name': 'line 2'}, part=part); sys.exit(7)", last)
+    assert gpu.run(record_in(tmp_path), ["attention", "norms"], 100, SMALL) == 1
+    found = saved(tmp_path)
+    assert found["status"].startswith(f"stuck: measuring does not {told}: the process ended with code 7; see ")
+    assert sum(map(len, found["parts"].values())) == last and found["not_reached"][-1] == "norms"
+    assert "stuck: measuring does not" in capsys.readouterr().out
 
 
 def test_when_the_time_is_over_it_keeps_what_it_has(worker, tmp_path, capsys):

@@ -21,14 +21,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from benchmarks import harness
-from benchmarks.gpu.lines import PARTS
-from benchmarks.gpu.processes import OutOfTime, Process
-from benchmarks.gpu.worker import Task
-from lmkernels import _library
-from lmkernels._files import write_files
+    from benchmarks import harness
+    from benchmarks.gpu.lines import PARTS
+    from benchmarks.gpu.processes import OutOfTime, Process
+    from benchmarks.gpu.worker import Task
+    from lmkernels import _library
+    from lmkernels._files import write_files
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"benchmarks.gpu: {sys.executable} has no package {error.name}; `make gpu GPU_PYTHON=...` names another Python"
+    )
 
 # What is done, in this order, and the share of the time after which it has to make way for the rest.
 STEPS = {"build": 0.3, "tests": 0.55, "sanitizer": 0.6, **dict.fromkeys(PARTS, 1.0)}
@@ -37,6 +42,10 @@ TESTS = ("tests/ops", "tests/gpu", "tests/nn", "tests/models", "tests/generation
 SANITIZED = "as_plain_torch and bfloat16 and (triton or native) and (odd or causal)"
 LINE_SECONDS = 150.0  # some peers take a minute to be compiled
 CODES = {"finished": 0, "out of time": 0, "interrupted": 130}
+
+
+class Stuck(Exception):
+    """A process that measures ended before it had begun with a line: the next one would too."""
 
 
 @dataclass
@@ -142,10 +151,12 @@ def run(record: Record, steps: list[str], seconds: float, task: Task) -> int:
         record.status = "out of time"
     except KeyboardInterrupt:
         record.status = "interrupted"
+    except Stuck as error:
+        record.status = f"stuck: {error}"
     record.seconds = round(time.monotonic() - start, 1)
     record.save()
     report(record)
-    return CODES[record.status] or int(record.wrong())
+    return CODES.get(record.status, 1) or int(record.wrong())
 
 
 def summary(result: dict) -> str:
@@ -275,7 +286,7 @@ def measure(record: Record, task: Task, end: float) -> None:
     waiting = task.parts
     with record.log("benchmarks").open("w") as log:
         while True:
-            current, done = None, False
+            current, done, skipped = None, False, task.skip
             with Process(
                 [sys.executable, "-m", "benchmarks.gpu.worker", task.to_json()], harness.REPOSITORY, errors=log
             ) as process:
@@ -300,11 +311,11 @@ def measure(record: Record, task: Task, end: float) -> None:
                     if time.monotonic() >= end:
                         raise
                     reason = f"no result after {LINE_SECONDS:.0f} s"
-            if current is None and not record.conditions:
-                raise SystemExit(f"benchmarks.gpu: measuring does not begin: {reason}; see {log.name}")
             if current is not None:
                 add(record, current["part"], {"name": current["started"], "error": reason})
                 task = replace(task, skip=task.skip + 1)
+            elif task.skip == skipped:
+                raise Stuck(f"measuring does not {'go on' if skipped else 'begin'}: {reason}; see {log.name}")
 
 
 def add(record: Record, part: str, row: dict) -> None:

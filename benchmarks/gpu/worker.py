@@ -46,9 +46,7 @@ def measured(task: Task) -> Iterator[dict]:
     yield {"conditions": harness.conditions(), "ceilings": asdict(ceilings)}
     number = 0
     for part in task.parts:
-        with harness.device:
-            lines = PARTS[part](Setting(task.scale, task.compiled))
-        for line in lines:
+        for line in lines_of(part, Setting(task.scale, task.compiled)):
             number += 1
             if number <= task.skip:
                 continue
@@ -56,6 +54,16 @@ def measured(task: Task) -> Iterator[dict]:
             yield {"row": {"name": line.name, **row_of(line, ceilings, task.seconds)}, "part": part}
             clean_up(task.compiled)
     yield {"done": True}
+
+
+def lines_of(part: str, setting: Setting) -> list[harness.Line]:
+    """Where there are none because of an error, one that tells it."""
+    try:
+        with harness.device:
+            return PARTS[part](setting)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        return [harness.Line(part, part, "", "", dict, lambda: reason)]
 
 
 def row_of(line: harness.Line, ceilings: harness.Ceilings, seconds: float) -> dict:
