@@ -175,11 +175,12 @@ def data() -> Path:
 def poisoned_memory():
     """Fresh memory holds NaN (the largest value for integers): what a kernel forgets to write shows.
 
-    torch fills every tensor that aten::empty and its siblings make, the compiled library its own.
+    torch fills every tensor that aten::empty and its siblings make, the compiled library its own. Unlike
+    torch.use_deterministic_algorithms this imports no compiler, which takes more than a second.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -227,5 +227,5 @@ def read_poisoned_memory() -> None:
 if __name__ == "__main__":
     assert _library.native_error is None, _library.native_error
     assert b"__asan_init" in Path(_library.__file__).with_name("_C.so").read_bytes(), _library.__file__
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory of torch too
+    torch.set_deterministic_debug_mode("warn")  # fresh memory of torch too
     read_poisoned_memory() if sys.argv[1:] == ["poison"] else run_every_case(sys.argv[1:])

@@ -24,7 +24,7 @@ def gpu(device):
     if torch.device(device).type != "cuda":
         pytest.skip("CUDA graphs need a GPU: --device cuda")
     # a graph's memory is its own; what fills fresh memory is a kernel of the capture
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
