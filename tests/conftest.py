@@ -21,7 +21,10 @@ import torch
 import lmkernels
 from lmkernels import _library
 
-ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")  # each has all that the ones before it have
+OPS = Path(__file__).parent / "ops"
+# Other processes run a part of tests/ops once more, by option: each file of tests says in a variable of this name which
+# of its tests, by a regular expression for their names.
+PARTS = {"--interpreted": "INTERPRETED", "--on-every-isa": "ON_EVERY_ISA"}
 
 
 def pytest_addoption(parser):
@@ -30,6 +33,9 @@ def pytest_addoption(parser):
         "--interpreted",
         action="store_true",
         help="only what is short enough for Triton's interpreter, TRITON_INTERPRET=1",
+    )
+    parser.addoption(
+        "--on-every-isa", action="store_true", help="only what is run on every instruction set, LMKERNELS_CPU_ISA"
     )
     parser.addoption(
         "--every-configuration", action="store_true", help="compile every Triton kernel there is, not only the hot ones"
@@ -86,11 +92,34 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --interpreted, what a file of tests names in INTERPRETED: a regular expression for the names of tests."""
-    if config.getoption("--interpreted"):
-        chosen = [item for item in items if re.search(getattr(item.module, "INTERPRETED", r"\Z\A"), item.name)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    for option, name in PARTS.items():
+        if config.getoption(option):
+            asked = [item for item in items if hasattr(item.module, name)]
+            chosen = [item for item in asked if re.search(getattr(item.module, name), item.name)]
+            if unused := {item.path for item in asked} - {item.path for item in chosen}:
+                raise pytest.UsageError(f"{name} chooses no test of {', '.join(map(str, unused))}")
+            config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+            items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def rerun() -> Callable:
+    """rerun(option, "attention", VARIABLE=value): the tests of attention that take part in it, in a process of its own.
+
+    Its groups are "attention" and "others".
+    """
+
+    def run(option: str, group: str, **environment: str) -> None:
+        files = [path for path in sorted(OPS.glob("test_*.py")) if f"\n{PARTS[option]} = " in path.read_text()]
+        files = [str(path) for path in files if ("attention" in path.name) == (group == "attention")]
+        assert files
+        command = [sys.executable, "-m", "pytest", *files, option, "-q", "--tb=short", "-p", "no:cacheprovider"]
+        process = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        given = " ".join(f"{name}={value}" for name, value in environment.items())
+        output = process.stdout[-8000:] + process.stderr[-2000:]
+        assert process.returncode == 0, f"{given} {' '.join(command)}\n{output}"
+
+    return run
 
 
 # Errors about numbers in tensors, which are read on the CPU only.
@@ -202,27 +231,3 @@ def errors_of_a_gpu_belong_to_the_test(device):
 @pytest.fixture(autouse=True)
 def same_random_numbers_every_time():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=ISAS)
-def rerun_on_isa(request, native) -> Callable:
-    """rerun_on_isa(__file__, "expression"): the tests of a file that -k selects, once more on another instruction set.
-
-    In a process of its own, where the instruction set is chosen anew. A test that takes it runs once per instruction
-    set of this machine, but for the one that this process runs on.
-    """
-    isa, running = request.param, torch.ops.lmkernels.cpu_isa()
-    if isa == running:
-        pytest.skip("the tests themselves have just run on it")
-    if ISAS.index(isa) > ISAS.index(running):
-        pytest.skip(f"this process runs on {running}")
-
-    def rerun(file: str, expression: str) -> None:
-        command = [sys.executable, "-m", "pytest", file, "-q", "-k", expression, "--tb=short", "-p", "no:cacheprovider"]
-        environment = os.environ | {"LMKERNELS_CPU_ISA": isa}
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, (
-            f"LMKERNELS_CPU_ISA={isa} {' '.join(command)}\n{run.stdout[-8000:]}{run.stderr[-2000:]}"
-        )
-
-    return rerun

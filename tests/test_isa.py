@@ -78,6 +78,21 @@ def test_absent_isa_is_refused(isa):
     assert report(isa) == [f"ValueError {problem}", problem]
 
 
+@needs_library
+@pytest.mark.parametrize("group", ["attention", "others"])
+@pytest.mark.parametrize("isa", PRESENT)
+def test_the_ops_pass_their_tests_on_every_instruction_set(isa, group, rerun):
+    """Each file of tests/ops says in ON_EVERY_ISA which of its tests; this process's set has them already."""
+    if isa == _library.cpu_isa():
+        pytest.skip("the tests themselves run on it")
+    rerun("--on-every-isa", group, LMKERNELS_CPU_ISA=isa)
+
+
+def test_every_native_op_is_among_them():
+    for path in ROOT.glob("lmkernels/ops/*/native.py"):
+        assert "\nON_EVERY_ISA = " in (ROOT / f"tests/ops/test_{path.parent.name}.py").read_text()
+
+
 MAIN = """
 #include <cstdio>
 #include <exception>

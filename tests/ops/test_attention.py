@@ -19,6 +19,7 @@ INTERPRETED = (
     r"plain_torch\[triton-((five|head size 37).*-float16|"
     r"(five|one token short|head size (8|37,)|negative|zero|softcap|dropout, causal|causal, more queries).*-float32)"
 )
+ON_EVERY_ISA = r"native"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -140,7 +141,3 @@ def test_any_combination_of_features_is_right(dtype, backend, case):
     for name, wanted in golden.items():
         scale = 1 + wanted[wanted.isfinite()].abs().max().item() if wanted.isfinite().any() else 1.0
         torch.testing.assert_close(actual[name].double(), wanted, rtol=0, atol=tolerance * scale)
-
-
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
-    rerun_on_isa(__file__, "native and not instruction_set")

@@ -20,6 +20,7 @@ INTERPRETED = (
     r"(rotary, partial|softcap|window|queries that|everything).*-bfloat16)|nearest.*triton-(short|rotary)\]|"
     r"its_values_give\[triton-(short|everything at once|rotary)-(float32|bfloat16)"
 )
+ON_EVERY_ISA = r"(accurate|int8_cache|alone|not_finite).*native"
 CASE = {case.name: case for case in cases.DECODE}
 EVERYTHING = CASE["everything at once"]
 
@@ -195,10 +196,6 @@ def test_rows_that_are_not_finite_spoil_what_sees_them(backend):
 
 
 # --- which instruction set, thread, page and neighbour computes it changes nothing ---
-
-
-def test_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "(accurate or int8_cache or alone or not_finite) and native")
 
 
 def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]):

@@ -17,6 +17,7 @@ INTERPRETED = (
     r"(influence|no_tokens|queries_without_keys).*triton|"
     r"plain_torch\[triton-((mask per key|lengths|dropout|heads of 40.*)-float32|everything.*options-bfloat16)"
 )
+ON_EVERY_ISA = r"(accurate|loop|alone|dense).*native"
 CASE = {str(case): case for case in cases.ATTENTION_VARLEN}
 EVERYTHING = CASE["everything at once"]
 
@@ -92,10 +93,6 @@ def test_the_definition_is_attention_of_one_sequence_after_the_other(case):
     expected = numerics.attention_results(numerics.plain_attention_varlen, inputs)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10)
-
-
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
-    rerun_on_isa(__file__, "native and (accurate or loop or alone or dense) and not instruction_set")
 
 
 # --- the same as attention ---

@@ -17,6 +17,7 @@ from lmkernels.ops.quantize_weight import quantize_weight
 from lmkernels.ops.rotary import reference as rotary
 from lmkernels.testing import cases, numerics
 
+ON_EVERY_ISA = r"test_(threads|batch)|test_(as_accurate_as_plain_torch|pages|tokens_of).*native"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASE = {case.name: case for case in cases.DECODE_STEP}
 SPLIT = [CASE[name] for name in ("deep enough for chunks", "16 rows, ragged", "many keys, in shares", "int4", "int8")]
@@ -110,14 +111,6 @@ def assert_accurate(case, dtype, backend):
 @pytest.mark.parametrize("case", cases.DECODE_STEP, ids=str)
 def test_as_accurate_as_plain_torch(case, dtype, backend):
     assert_accurate(case, dtype, backend)
-
-
-def test_on_other_isa(rerun_on_isa):
-    rerun_on_isa(
-        __file__,
-        "test_as_accurate_as_plain_torch and native or test_threads or test_batch or test_pages and native "
-        "or test_tokens_of and native",
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda dtype: str(dtype)[6:])

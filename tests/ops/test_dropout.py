@@ -10,6 +10,7 @@ from lmkernels.ops.philox import philox
 
 pytestmark = pytest.mark.skipif(_library.native_error is not None, reason=str(_library.native_error))
 
+ON_EVERY_ISA = r"philoxs"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODES = {dtype: code for code, dtype in enumerate(FLOATS)}
 SIZES = (0, 1, 7, 127, 128, 130, 20_000)
@@ -46,10 +47,6 @@ def test_kept_elements_are_philoxs(n, x_dtype, dtype):
     assert rounded_close(got, want)
     got = torch.ops.lmkernels.dropout(x, residual, dropped, seed, CODES[dtype])
     assert rounded_close(got, want + residual.double())
-
-
-def test_every_instruction_set_of_this_cpu_makes_the_same_decisions(rerun_on_isa):
-    rerun_on_isa(__file__, "philoxs")
 
 
 def test_the_number_of_threads_changes_nothing():

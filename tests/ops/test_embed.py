@@ -13,6 +13,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compiled|GPT-2|places-float32|BERT,|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"(?=.*native).*(accurate|gradcheck|beyond)"
 CASE = {case.name: case for case in cases.EMBED}
 NAMES = ("token_ids", "token_table", "positions", "position_table", "type_ids", "type_table")
 
@@ -48,10 +49,6 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
         return out
 
     numerics.assert_op_as_accurate(function, definition, plain, inputs, tables, dtype=dtype)
-
-
-def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "(accurate or gradcheck or beyond) and native")
 
 
 def test_the_sum_is_rounded_once(backend):

@@ -14,6 +14,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compile|random.*16|batch|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"(as_accurate|every_activation|random_shapes).*native"
 ACTIVATIONS = [None, "gelu", "gelu_tanh", "silu", "relu", "tanh"]
 
 
@@ -79,10 +80,6 @@ def test_every_activation_with_and_without_a_residual(activation, dtype, backend
     check(inputs, dtype, backend, activation=activation)
     inputs["residual"] = torch.randn(50, 90).to(dtype)
     check(inputs, dtype, backend, activation=activation)
-
-
-def test_the_instruction_sets_of_this_cpu_are_as_accurate(rerun_on_isa):
-    rerun_on_isa(__file__, "native and (as_accurate or every_activation or random_shapes) and not instruction_sets")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -12,6 +12,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compile|several (chunks|blocks)|few|once|slices of the v|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"(?=.*native).*(plain_torch|float64)"
 CASE = {case.name: case for case in cases.LINEAR_CROSS_ENTROPY}
 
 
@@ -384,7 +385,3 @@ def test_bad_arguments_are_named(change, error, message):
     arguments = {"hidden": torch.ones(3, 4), "weight": torch.ones(11, 4), "labels": torch.tensor([0, 1, 2])}
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments | change)
-
-
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
-    rerun_on_isa(__file__, "native and (plain_torch or float64) and not instruction_set")

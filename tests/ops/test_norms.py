@@ -18,6 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NORMS = [layer_norm, rms_norm]
 EPS = 1e-5
 INTERPRETED = r"triton(?!.*(of 31|64|2049|50257|many|no |parameters|gaps|-float16))|long_rows.*260"
+ON_EVERY_ISA = r"(?=.*native).*(accurate.*(layer_norm|100)|mean|subnormal)"
 
 
 def name_of(x) -> str:
@@ -70,10 +71,6 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(norm, case, dtype,
         dtype=dtype,
         samples=inputs["x"].numel() // case.shape[-1],
     )
-
-
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
-    rerun_on_isa(__file__, "native and not instruction_set and (accurate and (layer_norm or 100) or mean or subnormal)")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)

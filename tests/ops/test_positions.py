@@ -13,6 +13,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compiled|64|GPT|BERT|many|indices|beside|float16)).*triton"
+ON_EVERY_ISA = r"(accurate|gradcheck).*native"
 CASE = {case.name: case for case in cases.EMBED}
 
 
@@ -41,10 +42,6 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
     for options in ({}, {"scale": math.sqrt(case.d)}):
         numerics.assert_op_as_accurate(function, definition, plain, inputs, ["x", "table"], dtype=dtype, **options)
-
-
-def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "(accurate or gradcheck) and native")
 
 
 @pytest.mark.parametrize("case", ["GPT-2", "positions of each token", "packed"])

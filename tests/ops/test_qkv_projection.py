@@ -10,6 +10,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compile|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"plain_torch.*native"
 
 
 def short(dtype) -> str:
@@ -59,10 +60,6 @@ def check(case, dtype, backend):
 @pytest.mark.parametrize("case", cases.QKV, ids=str)
 def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend):
     check(case, dtype, backend)
-
-
-def test_the_instruction_sets_of_this_cpu_are_as_accurate(rerun_on_isa):
-    rerun_on_isa(__file__, "native and plain_torch")
 
 
 def test_without_rotation_it_is_linear_bit_for_bit(native):

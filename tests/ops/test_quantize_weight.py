@@ -12,6 +12,7 @@ from lmkernels import QuantizedWeight, linear, quantize_weight
 from lmkernels.ops.linear import reference
 from lmkernels.ops.quantize_weight.reference import rounded
 
+ON_EVERY_ISA = r"^(?!.*(op_check|compile)).*native"
 KINDS = ["int8", "int4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The kernels take each row of x as integers up to this size, in proportion to its largest element.
@@ -265,10 +266,6 @@ def test_float64_runs_on_the_reference(native):
     torch.testing.assert_close(linear(x, weight), rounded(x) @ weight.dequantize(torch.float64).t())
     with pytest.raises(NotImplementedError, match="float64"):
         linear(x, weight, backend=native)
-
-
-def test_every_instruction_set_of_this_cpu(rerun_on_isa):
-    rerun_on_isa(__file__, "native and not instruction_set and not op_check and not compile")
 
 
 @pytest.mark.parametrize("kind", KINDS)

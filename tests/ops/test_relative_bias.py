@@ -13,6 +13,7 @@ from lmkernels.testing import numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"(accurate_as_plain_torch|packed_sequences|float32_beside).*triton(?!.*float16)"
+ON_EVERY_ISA = r"accurate.*native"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -110,10 +111,6 @@ def test_attention_is_as_accurate_as_plain_torch(shape, dtype, backend):
     numerics.assert_op_as_accurate(
         function, definition, plain, tensors, ["q", "k", "v", "table"], dtype=dtype, samples=min(rows, 32)
     )
-
-
-def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "accurate and native")
 
 
 def test_gradcheck_to_the_second_order(backend):

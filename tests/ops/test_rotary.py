@@ -13,6 +13,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compiled|tasks|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"(?=.*native).*(accurate|gradcheck|beyond)"
 CASE = {case.name: case for case in cases.ROTARY}
 
 
@@ -52,10 +53,6 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
     numerics.assert_op_as_accurate(
         function, definition, as_hugging_face_writes_it, tensors, ["x"], dtype=dtype, **options
     )
-
-
-def test_on_every_instruction_set(rerun_on_isa):
-    rerun_on_isa(__file__, "(accurate or gradcheck or beyond) and native")
 
 
 def test_a_rotation_is_one_of_complex_numbers(backend):

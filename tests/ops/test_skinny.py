@@ -29,6 +29,7 @@ SHAPES = [
     (13, 515, 768),
     (4, 200, 3072),
 ]
+ON_EVERY_ISA = r"^(?!.*op_check)"
 LAYOUTS = ["rows", "columns", "wide rows", "wide columns", "strided"]
 
 
@@ -187,7 +188,3 @@ def test_from_how_many_places_memory_is_read_does_not_change_the_bits(native):
 
     from_one = run("0")
     assert from_one.count("bfloat16") == 8 and from_one == run("1")
-
-
-def test_every_instruction_set_of_this_cpu(rerun_on_isa):
-    rerun_on_isa(__file__, "not instruction_set and not op_check")

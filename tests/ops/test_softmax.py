@@ -13,6 +13,7 @@ from lmkernels.testing import cases, numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = r"^(?!.*(compiled|50257|-float16|-float64)).*triton"
+ON_EVERY_ISA = r"(accurate|nothing|nan).*native"
 
 
 def short(dtype) -> str:
@@ -55,10 +56,6 @@ def test_triton_takes_long_rows_in_blocks(hidden, dtype, triton, monkeypatch):
         ["x"] if hidden == 0 else [],
         dtype=dtype,
     )
-
-
-def test_every_instruction_set_of_this_cpu_is_as_accurate_as_plain_torch(rerun_on_isa):
-    rerun_on_isa(__file__, "native and (accurate or nothing or nan) and not instruction_set")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
