@@ -15,7 +15,7 @@ from lmkernels.testing import cases, numerics
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTERPRETED = (
     r"(influence|no_tokens|queries_without_keys).*triton|"
-    r"plain_torch\[triton-((mask per key|lengths|dropout|heads of 40.*)-float32|everything.*options-bfloat16)"
+    r"plain_torch\[triton-((dropout|heads of 40.*)-float32|everything.*options-bfloat16)"
 )
 ON_EVERY_ISA = r"(accurate|loop|alone|dense).*native"
 CASE = {str(case): case for case in cases.ATTENTION_VARLEN}

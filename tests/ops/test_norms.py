@@ -17,7 +17,7 @@ from lmkernels.testing import cases, numerics
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 NORMS = [layer_norm, rms_norm]
 EPS = 1e-5
-INTERPRETED = r"triton(?!.*(of 31|64|2049|50257|many|no |parameters|gaps|-float16))|long_rows.*260"
+INTERPRETED = r"triton(?!.*(of 31|64|2049|50257|many|no |parameters|gaps|\(37.*bf|rms.*\(37|-float16))|long_rows.*260"
 ON_EVERY_ISA = r"(?=.*native).*(accurate.*(layer_norm|100)|mean|subnormal)"
 
 
