@@ -12,7 +12,7 @@ from lmkernels.ops.relative_bias.api import relative_buckets
 from lmkernels.testing import numerics
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-INTERPRETED = r"(accurate_as_plain_torch|packed_sequences|float32_beside).*triton(?!.*float16)"
+INTERPRETED = r"(accurate_as_plain_torch|packed_sequences|float32_beside).*triton(?!.*(float16|many))"
 ON_EVERY_ISA = r"accurate.*native"
 
 
@@ -72,6 +72,7 @@ SHAPES = {
     "one query": {"b": 2, "h": 4, "s_q": 1, "s_k": 300, "d": 64, "h_kv": 2},
     "few queries": {"b": 1, "h": 2, "s_q": 3, "s_k": 600, "d": 64},
     "many blocks, grouped heads": {"b": 1, "h": 4, "s_q": 420, "s_k": 420, "d": 32, "h_kv": 2, "window": (200, 100)},
+    "a few blocks, grouped heads": {"b": 1, "h": 2, "s_q": 150, "s_k": 150, "d": 16, "h_kv": 1, "window": (60, 30)},
     "lengths, soft cap": {"b": 3, "h": 2, "s_q": 50, "s_k": 60, "d": 32, "softcap": 3.0, "kv_lengths": (60, 0, 17)},
 }
 
