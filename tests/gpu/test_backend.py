@@ -10,7 +10,7 @@ import torch
 
 import lmkernels as lmk
 from lmkernels import _library, layer_norm
-from lmkernels.ops import _dispatch, _triton, norms
+from lmkernels.ops import _dispatch, _triton, attention, attention_decode, attention_varlen, norms
 
 X = torch.ones(3, 8)
 
@@ -163,7 +163,7 @@ def test_tensors_on_different_devices_are_named(op):
         call()
 
 
-class OnOldGpu(torch.Tensor):
+class OnGpu(torch.Tensor):
     """What a tensor on a GPU says of itself."""
 
     is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
@@ -172,7 +172,19 @@ class OnOldGpu(torch.Tensor):
 def test_tensors_on_a_gpu_that_is_too_old_are_refused_by_name_and_else_go_to_the_reference(present, monkeypatch):
     reason = "the kernels need an NVIDIA GPU from sm_80 on, got Tesla T4 with sm_75"
     monkeypatch.setattr(_triton, "_gpu_absence", lambda device: reason)
-    x, backends = X.as_subclass(OnOldGpu), norms.api.BACKENDS
+    x, backends = X.as_subclass(OnGpu), norms.api.BACKENDS
     with pytest.raises(NotImplementedError, match=f"layer_norm: backend 'triton' cannot run this: {reason}"):
         _dispatch.choose("layer_norm", backends, "triton", x)
     assert _dispatch.choose("layer_norm", backends, None, x) is backends["reference"]
+
+
+@pytest.mark.parametrize(("op", "axes"), [(attention, 4), (attention_varlen, 3), (attention_decode, 4)])
+def test_head_sizes_beyond_the_kernels_are_refused_by_name_and_else_go_to_the_reference(op, axes, present, monkeypatch):
+    for module, function in ((_triton, "_gpu_absence"), (_library, "gpu_absence")):
+        monkeypatch.setattr(module, function, lambda device: None)
+    name, backends = op.__name__.rpartition(".")[2], op.api.BACKENDS
+    q, fits = (torch.zeros([1] * (axes - 1) + [d]).as_subclass(OnGpu) for d in (257, 256))
+    with pytest.raises(NotImplementedError, match=f"{name}: backend 'triton' cannot run this: head sizes go up to 256"):
+        _dispatch.choose(name, backends, "triton", q, q, q)
+    assert _dispatch.choose(name, backends, None, q, q, q) is backends["reference"]
+    assert _dispatch.choose(name, backends, None, fits, fits, fits) is backends["triton"]
