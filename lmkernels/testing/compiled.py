@@ -46,6 +46,11 @@ class Report:
         return self.wgmma or "mma.sync" in self.ptx
 
     @property
+    def atomics(self) -> bool:
+        """Whether memory is added to in an order that differs from run to run."""
+        return re.search(r"\b(atom|red)\.", self.ptx) is not None
+
+    @property
     def widest_load(self) -> int:
         """Bytes that one thread reads from global memory at once, at most; 16 is what the hardware has."""
         widths = [

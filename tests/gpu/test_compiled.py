@@ -336,7 +336,8 @@ def runs(config) -> list[tuple[Call, str, str]]:
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize(("call", "dtype", "architecture"), runs(metafunc.config), ids=str)
+    if "call" in metafunc.fixturenames:
+        metafunc.parametrize(("call", "dtype", "architecture"), runs(metafunc.config), ids=str)
 
 
 @pytest.fixture
@@ -345,7 +346,7 @@ def ieee():
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architecture, ieee):
+def test_nothing_spills_reads_are_wide_and_no_sum_is_atomic(call, dtype, architecture, ieee):
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     with compiled.launches(architecture) as reports, torch.device("meta"):
         call.run(DTYPES[dtype])
@@ -355,6 +356,7 @@ def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architect
         for report in reports
         if report.stack > (call.spilled_float32 if DTYPES[dtype] == torch.float32 else call.spilled)
         or report.shared > compiled.SHARED_LIMIT[architecture]
+        or report.atomics
         or (call.wide and report.widest_load < 16)
         or (dtype != "float32" and report.name in call.products and not report.mma)
         or (
@@ -365,3 +367,16 @@ def test_the_compiler_has_nothing_to_spill_and_reads_wide(call, dtype, architect
         )
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("line", "atomic"),
+    [
+        ("@%p1 red.global.add.f32 [ %rd1 + 0 ], %f1;", True),
+        ("@%p1 atom.global.gpu.acq_rel.add.noftz.f16x2 %r1, [ %rd1 + 0 ], %r2;", True),
+        ("redux.sync.add.s32 %r1, %r2, 0xffffffff;", False),
+        ("@%p1 st.global.b32 [ %rd1 + 0 ], { %r1 };", False),
+    ],
+)
+def test_atomic_additions_are_seen(line, atomic):
+    assert compiled.Report("", "sm_90", (1,), 4, 32, 0, 0, f"\t{line}\n").atomics == atomic

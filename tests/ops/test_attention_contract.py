@@ -59,6 +59,14 @@ def test_deterministic_gradients_have_the_same_bits_in_20_runs_and_for_1_2_and_3
         assert_same_bits(numerics.attention_results(attention, inputs, backend=native, deterministic=True), expected)
 
 
+@pytest.mark.parametrize("name", ["everything at once", "two key heads for six", "bias of every axis that hides"])
+def test_triton_gives_the_same_bits_in_every_run(name, triton):
+    inputs = CASE[name].make(torch.bfloat16)
+    expected = numerics.attention_results(attention, inputs, backend=triton, deterministic=True)
+    for _ in range(20):
+        assert_same_bits(numerics.attention_results(attention, inputs, backend=triton, deterministic=True), expected)
+
+
 @pytest.mark.parametrize("name", ["odd lengths", "causal, more queries: rows that see no key", "one query, long cache"])
 def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(name, native):
     inputs = replace(CASE[name], b=3).make(torch.float32)
