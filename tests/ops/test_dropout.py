@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lmkernels import _library
 from lmkernels.ops.dropout import STEPS, drop
 from lmkernels.ops.philox import philox
 
-pytestmark = pytest.mark.skipif(_library.native_error is not None, reason=str(_library.native_error))
+pytestmark = pytest.mark.usefixtures("native")
 
 ON_EVERY_ISA = r"philoxs"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
