@@ -21,7 +21,8 @@ struct BwdTiles {
   uint32_t *buffer, *zeros;        // zeros: a row
   float *s, *dp;                   // (kSide keys, kSide)
   float *dk, *dv, *dq;             // (block, q_wide), (block, v_wide), (groups, q_wide, kSide)
-  float *shift, *delta;            // (groups, kSide): -lse in powers of 2
+  // (groups, kSide): -lse in powers of 2, by which weights are multiplied with 1 / (1 - dropout_p); delta divided by it
+  float *shift, *delta;
   TileGroup* group;
   int64_t bytes;
 
@@ -56,26 +57,29 @@ struct BwdTiles {
 };
 
 // P and dS of a panel of keys, whose first is `first`, and a group of queries, from S and dP.
-template <bool kMasked>
-[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, uint32_t* p,
-                                  uint32_t* ds, uint32_t* ds_pairs) {
+template <bool kMasked, class Kept>
+[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, Kept kept,
+                                  uint32_t* p, uint32_t* ds, uint32_t* ds_pairs) {
   using V = Vec<float>;
   const Lanes shift = Lanes::load(w.shift + number * kSide), delta = Lanes::load(w.delta + number * kSide);
   const __m512i low_half = _mm512_set1_epi32(0xffff);
   constexpr int kAAndCOrB = 0xec;
-  for (int64_t key = 0; key < kSide; key += 2) {
+  const auto two_keys = [&](int64_t key) __attribute__((always_inline)) {
     __m512i rows[2];  // of dS
     for (int64_t i = 0; i < 2; ++i) {
       V weight[2], gradient[2];
+      __mmask16 keep[2];
       for (int half = 0; half < 2; ++half) {
         const int64_t at = score_at(key + i, half);
         weight[half] = exp2_bf16(fma(V::load(w.s + at), factor, shift.v[half]));
         if constexpr (kMasked)
           weight[half].v =
               _mm512_maskz_mov_ps(w.group[number].see(half, _mm512_set1_epi32(int(first + key + i))), weight[half].v);
-        gradient[half] = weight[half] * (V::load(w.dp + at) - delta.v[half]);
+        keep[half] = kept.keeps(key + i, half);
+        const V dp{_mm512_maskz_loadu_ps(keep[half], w.dp + at)};
+        gradient[half] = weight[half] * (dp - delta.v[half]);
       }
-      _mm512_storeu_si512(p + (key + i) * kTileSide, round_to_pairs(weight[0], weight[1]));
+      _mm512_storeu_si512(p + (key + i) * kTileSide, round_to_pairs(weight[0], weight[1], keep[0], keep[1]));
       rows[i] = round_to_pairs(gradient[0], gradient[1]);
       _mm512_storeu_si512(ds + (key + i) * kTileSide, rows[i]);
     }
@@ -83,6 +87,11 @@ template <bool kMasked>
     _mm512_storeu_si512(pairs, _mm512_ternarylogic_epi32(rows[0], _mm512_slli_epi32(rows[1], 16), low_half, kAAndCOrB));
     _mm512_storeu_si512(pairs + kTileSide,
                         _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rows[0], 16), rows[1]));
+  };
+  for (int64_t key = 0; key < kSide; key += 4) {
+    kept.four_keys(key);
+    two_keys(key);
+    two_keys(key + 2);
   }
 }
 
@@ -112,8 +121,8 @@ inline void pack_grad_rows(const AttentionArgs& a, const KeyHead& head, const Bw
 
 // The gradients of the groups from `number` on, at most kBwdGroups, against the packed keys [j0, j0 + n): w.dq, w.dk
 // and w.dv are added to.
-inline void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t number, int64_t j0,
-                       int64_t n) {
+template <class Kept>
+void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t number, int64_t j0, int64_t n) {
   const int64_t first_row = number * kSide, rows_left = head.rows - first_row;
   const int64_t groups = rows_left < kBwdGroups * kSide ? (rows_left + kSide - 1) / kSide : kBwdGroups;
   const TileGroup* group = w.group + number;
@@ -160,10 +169,11 @@ inline void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTil
       work.push({w.v + panel * kSide * w.v_depth, kTileSide, kPanelPairs, w.dout + g * w.v_depth * kSide, kSide,
                  kPanelPairs, w.dp, kSide, w.v_depth / kTileSide, false});
       work.finish();
+      const Kept kept(a, head, group[g], key);
       if (group[g].all_see(key, kSide))
-        grad_panel<false>(w, factor, number + g, key, p, ds, ds_pairs);
+        grad_panel<false>(w, factor, number + g, key, kept, p, ds, ds_pairs);
       else
-        grad_panel<true>(w, factor, number + g, key, p, ds, ds_pairs);
+        grad_panel<true>(w, factor, number + g, key, kept, p, ds, ds_pairs);
     }
     const auto add = [&](const uint32_t* left, const uint32_t* right, int64_t wide, float* sum) {
       for (int64_t c = 0; c < wide; c += kSide)
@@ -213,8 +223,8 @@ inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
     for (int64_t r = 0; r < kSide; ++r) {
       float lse = std::numeric_limits<float>::infinity(), delta = 0;
       if (r < count) lse = lse_of<float>(a, head, rows[r]), delta = delta_of<float>(a, head, rows[r]);
-      w.shift[g * kSide + r] = -lse * float(kLog2e);
-      w.delta[g * kSide + r] = delta;
+      w.shift[g * kSide + r] = -lse * float(kLog2e) - float(std::log2(1 - a.dropout_p));
+      w.delta[g * kSide + r] = delta * float(1 - a.dropout_p);
       if (dsink && r < count) {
         const float sink = reinterpret_cast<const float*>(a.sink)[rows[r].h];
         dsink[(g * kSide + r) / head.seq_q] -= exp_one(sink - lse) * delta;
@@ -222,6 +232,7 @@ inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
     }
   }
 
+  const auto run = a.dropout_p > 0 ? bwd_groups<SomeKept> : bwd_groups<AllKept>;
   configure_squares();
   for (int64_t j0 = task.part * step; j0 < head.seq_k; j0 += head.parts * step) {
     const int64_t stored = head.seq_k - j0 < step ? head.seq_k - j0 : step;
@@ -232,7 +243,7 @@ inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
       pack_grad_keys(a, head, w, j0, block);
       for (int64_t g = 0; g < groups; g += kBwdGroups) {
         for (int64_t r = 0; r < kBwdGroups * kSide; ++r) ahead.step(a);
-        bwd_groups(a, head, w, g, j0, block);
+        run(a, head, w, g, j0, block);
       }
     }
     store_keys(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);

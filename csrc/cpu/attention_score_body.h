@@ -138,17 +138,23 @@ void finish_scores(const AttentionArgs& a, const KeyHead& head, const Row& row, 
   for (int64_t j = hi; j < n; ++j) s[j] = hidden;
 }
 
-// Multiplies x (n,) by 1 / (1 - dropout_p) where dropout keeps the weight of key j0 + c, and by 0 elsewhere.
+// Dropout keeps the weights whose word is not below this.
+inline uint32_t dropout_threshold(const AttentionArgs& a) {
+  const uint64_t dropped = uint64_t(a.dropout_p * 4294967296.0);
+  return dropped > 0xffffffffu ? 0xffffffffu : uint32_t(dropped);
+}
+
+// Multiplies x (n,) by 1 / (1 - dropout_p) where dropout keeps the weight of key j0 + c, and by 0 elsewhere; and so y
+// (n,) or null. j0 is a multiple of 4: a counter is four keys of a query.
 template <class T>
 void apply_dropout(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* x, T* y) {
-  constexpr int kCounters = 16;
-  const uint64_t dropped = uint64_t(a.dropout_p * 4294967296.0);
-  const uint32_t threshold = dropped > 0xffffffffu ? 0xffffffffu : uint32_t(dropped);
+  constexpr int64_t kKeys = 4 * LMK_LANES;
+  const uint32_t threshold = dropout_threshold(a);
   const T factor = a.dropout_p < 1 ? T(1 / (1 - a.dropout_p)) : T(0);
-  uint32_t words[4 * kCounters];
-  for (int64_t j = 0; j < n; j += 4 * kCounters) {
-    philox<kCounters>(a.seed, uint32_t((j0 + j) / 4), uint32_t(row.i), uint32_t(row.h), uint32_t(head.b), words);
-    const int64_t count = n - j < 4 * kCounters ? n - j : 4 * kCounters;
+  uint32_t words[kKeys];
+  for (int64_t j = 0; j < n; j += kKeys) {
+    philox(a.seed, uint32_t((j0 + j) / 4), uint32_t(row.i), uint32_t(row.h), uint32_t(head.b), words);
+    const int64_t count = n - j < kKeys ? n - j : kKeys;
     for (int64_t c = 0; c < count; ++c) x[j + c] = words[c] >= threshold ? x[j + c] * factor : T(0);
     if (y)
       for (int64_t c = 0; c < count; ++c) y[j + c] = words[c] >= threshold ? y[j + c] * factor : T(0);

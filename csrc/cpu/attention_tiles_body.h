@@ -1,6 +1,7 @@
-// Attention by tiles (AMX), where no feature changes single scores. Scores are made transposed, (keys, queries): the
-// lanes of a vector are queries, so that maxima and sums stay in their lanes, and weights are the right factor of the
-// product with the values as soon as two keys of a query are one element. Included by attention_body.h.
+// Attention by tiles (AMX), where no feature changes single scores; dropout may drop weights. Scores are made
+// transposed, (keys, queries): the lanes of a vector are queries, so that maxima and sums stay in their lanes, and
+// weights are the right factor of the product with the values as soon as two keys of a query are one element. Included
+// by attention_body.h.
 
 #if LMK_TILES
 
@@ -131,6 +132,7 @@ struct Lanes {
 // Queries of a group and the keys that they see.
 struct TileGroup {
   int32_t lo[kSide], hi[kSide];    // of each query; where the group has fewer, those of its first one again
+  uint32_t i[kSide], h[kSide];     // its position and head, likewise
   int64_t some_begin, some_end;    // what any of them sees
   int64_t every_begin, every_end;  // what all of them see
   __mmask16 sees[2];               // those that see anything
@@ -141,6 +143,7 @@ struct TileGroup {
     for (int64_t r = 0; r < kSide; ++r) {
       const Row& row = rows[r < n ? r : 0];
       lo[r] = int32_t(row.lo), hi[r] = int32_t(row.hi);
+      i[r] = uint32_t(row.i), h[r] = uint32_t(row.h);
       every_begin = row.lo > every_begin ? row.lo : every_begin;
       every_end = row.hi < every_end ? row.hi : every_end;
       if (row.lo >= row.hi) continue;
@@ -159,20 +162,70 @@ struct TileGroup {
 // The scores of a key and half of the queries in a panel.
 inline int64_t score_at(int64_t key, int half) { return key * kSide + half * kTileSide; }
 
+// Which weights of a panel and group dropout keeps, four keys at a time.
+struct AllKept {
+  AllKept(const AttentionArgs&, const KeyHead&, const TileGroup&, int64_t) {}
+  void four_keys(int64_t) {}
+  __mmask16 keeps(int64_t, int) const { return 0xffff; }
+};
+
+// A lane is the counter of its query and the four keys, whose words are then four vectors. Of the ten rounds of Philox
+// the first multiplies what is the same for all queries or for all keys, and so does the second, of what the first made
+// of one; both are done for a panel at once.
+class SomeKept {
+ public:
+  SomeKept(const AttentionArgs& a, const KeyHead& head, const TileGroup& group, int64_t first)
+      : seed_(a.seed), b_(uint32_t(head.b)), first_(first), threshold_(words1(dropout_threshold(a))) {
+    const PhiloxKey key(seed_, 0);
+    for (int half = 0; half < 2; ++half) {
+      Words high;
+      multiply(Words::load(group.h + half * kTileSide), kPhiloxFactor[1], high, query_[half][0]);
+      const Words x = high ^ Words::load(group.i + half * kTileSide) ^ words1(key.k[0]);
+      multiply(x, kPhiloxFactor[0], query_[half][1], query_[half][2]);
+    }
+  }
+  void four_keys(int64_t key) {
+    const PhiloxKey start(seed_, 0), next(seed_, 1);
+    const uint64_t product = uint64_t((first_ + key) / 4) * kPhiloxFactor[0];
+    const uint64_t again = uint64_t(uint32_t(product >> 32) ^ b_ ^ start.k[1]) * kPhiloxFactor[1];
+    const Words x0 = words1(uint32_t(again >> 32) ^ next.k[0]), x2 = words1(uint32_t(product) ^ next.k[1]);
+    for (int half = 0; half < 2; ++half) {
+      words_[half][0] = query_[half][0] ^ x0;
+      words_[half][1] = words1(uint32_t(again));
+      words_[half][2] = query_[half][1] ^ x2;
+      words_[half][3] = query_[half][2];
+    }
+    philox_rounds<2, 2>(seed_, words_);
+  }
+  // Of one of the four keys.
+  __mmask16 keeps(int64_t key, int half) const {
+    return _mm512_cmpge_epu32_mask(words_[half][key % 4].v, threshold_.v);
+  }
+
+ private:
+  uint64_t seed_;
+  uint32_t b_;
+  int64_t first_;
+  Words threshold_, query_[2][3], words_[2][4];
+};
+
 // Two floats as a pair of bfloat16, rounded to nearest, a tie away from zero: vcvtne2ps2bf16 takes four times as long.
-inline __m512i round_to_pairs(Vec<float> low, Vec<float> high) {
+// Those that are not kept become 0.
+inline __m512i round_to_pairs(Vec<float> low, Vec<float> high, __mmask16 keep_low = 0xffff,
+                              __mmask16 keep_high = 0xffff) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000));
-  const __m512i a = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low.v), half), 16);
-  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(high.v), half);
+  const __m512i a = _mm512_srli_epi32(_mm512_maskz_add_epi32(keep_low, _mm512_castps_si512(low.v), half), 16);
+  const __m512i b = _mm512_maskz_add_epi32(keep_high, _mm512_castps_si512(high.v), half);
   constexpr int kAOrBAndC = 0xf8;
   return _mm512_ternarylogic_epi32(a, b, upper, kAOrBAndC);
 }
 
 // The weights of the keys first .. first + kSide from their scores s, as pairs of keys in p (kSide / 2, kSide). Returns
-// their sums over the keys. kRate steps of the products in `work` for four pairs of keys.
-template <int kRate, bool kMasked>
+// their sums over the keys, to which those count too that are not kept. kRate steps of the products in `work` for four
+// pairs of keys.
+template <int kRate, bool kMasked, class Kept>
 [[gnu::noinline]] Lanes weight_panel(const float* s, Vec<float> factor, const Lanes& shift, const TileGroup& group,
-                                     int64_t first, uint32_t* p, TileWork& work) {
+                                     int64_t first, uint32_t* p, Kept kept, TileWork& work) {
   using V = Vec<float>;
   V even[2] = {V::zero(), V::zero()}, odd[2] = {V::zero(), V::zero()};
   const auto pair = [&]<int kHalf>(int64_t key) __attribute__((always_inline)) {
@@ -186,7 +239,8 @@ template <int kRate, bool kMasked>
     }
     even[kHalf] = even[kHalf] + a;
     odd[kHalf] = odd[kHalf] + b;
-    _mm512_storeu_si512(p + key / 2 * kSide + kHalf * kTileSide, round_to_pairs(a, b));
+    _mm512_storeu_si512(p + key / 2 * kSide + kHalf * kTileSide,
+                        round_to_pairs(a, b, kept.keeps(key, kHalf), kept.keeps(key + 1, kHalf)));
   };
   const auto two_keys = [&]<int kNumber>(int64_t key) __attribute__((always_inline)) {
     constexpr int kFrom = kNumber * kRate;  // in quarters
@@ -198,8 +252,10 @@ template <int kRate, bool kMasked>
     pair.template operator()<1>(key);
   };
   for (int64_t key = 0; key < kSide; key += 8) {
+    kept.four_keys(key);
     two_keys.template operator()<0>(key);
     two_keys.template operator()<1>(key + 2);
+    kept.four_keys(key + 4);
     two_keys.template operator()<2>(key + 4);
     two_keys.template operator()<3>(key + 6);
   }
@@ -305,8 +361,8 @@ inline void pack_panels(const AttentionArgs& a, const KeyHead& head, const FwdTi
 }
 
 // A group of queries against the packed keys [j0, j0 + n).
-template <int kRate>
-void fwd_panels(const AttentionArgs& a, const FwdTiles& w, int64_t number, int64_t j0, int64_t n) {
+template <int kRate, class Kept>
+void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, int64_t number, int64_t j0, int64_t n) {
   using V = Vec<float>;
   const TileGroup& group = w.group[number];
   const int64_t begin = (group.some_begin > j0 ? group.some_begin : j0) / kSide * kSide;
@@ -356,8 +412,9 @@ void fwd_panels(const AttentionArgs& a, const FwdTiles& w, int64_t number, int64
       set_shift();
     }
     const auto make_weights = [&] {
-      return group.all_see(j, kSide) ? weight_panel<kRate, false>(s, factor, shift, group, j, weights(j), work)
-                                     : weight_panel<0, true>(s, factor, shift, group, j, weights(j), work);
+      const Kept kept(a, head, group, j);
+      return group.all_see(j, kSide) ? weight_panel<kRate, false>(s, factor, shift, group, j, weights(j), kept, work)
+                                     : weight_panel<0, true>(s, factor, shift, group, j, weights(j), kept, work);
     };
     Lanes here = make_weights();
     __mmask16 beyond[2];
@@ -397,6 +454,7 @@ inline void finish_group(const AttentionArgs& a, const KeyHead& head, const FwdT
   for (int64_t r = 0; r < kSide; r += kTileSide)  // the very shift that was in the exponents
     (V::load(w.m + number * kSide + r) * V::set1(float(a.scale * kLog2e)) * V::set1(0.693147181f)).store(m + r);
   finish_rows(a, head, rows, n, m, w.l + number * kSide, inverse);
+  for (int64_t r = 0; r < n; ++r) inverse[r] *= float(1 / (1 - a.dropout_p));
   for (int half = 0; half * kTileSide < n; ++half) {
     turn_out(o, half, w.v_wide, out);
     for (int64_t r = half * kTileSide; r < n && r < (half + 1) * kTileSide; ++r)
@@ -404,7 +462,17 @@ inline void finish_group(const AttentionArgs& a, const KeyHead& head, const FwdT
   }
 }
 
-inline bool goes_by_tiles(const AttentionArgs& a) { return !has_features(a) && a.dropout_p == 0; }
+// 1 / (1 - dropout_p), which multiplies sums here, must be finite.
+inline bool goes_by_tiles(const AttentionArgs& a) { return !has_features(a) && a.dropout_p < 1; }
+
+using FwdPanels = void (*)(const AttentionArgs&, const KeyHead&, const FwdTiles&, int64_t, int64_t, int64_t);
+
+// Steps of the products for a panel: as many as its weights take.
+template <class Kept>
+FwdPanels fwd_panels_of(const FwdTiles& w) {
+  const int64_t steps = w.q_depth / kTileSide + w.v_wide / kSide;
+  return steps <= 4 ? fwd_panels<1, Kept> : steps <= 8 ? fwd_panels<2, Kept> : fwd_panels<4, Kept>;
+}
 
 inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
@@ -430,8 +498,7 @@ inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
   memset(w.o, 0, size_t(groups * w.v_wide * kSide) * sizeof(float));
   for (int64_t r = 0; r < groups * kSide; ++r) w.m[r] = -std::numeric_limits<float>::infinity(), w.l[r] = 0;
 
-  const int64_t steps = w.q_depth / kTileSide + w.v_wide / kSide;
-  const auto run = steps <= 4 ? fwd_panels<1> : steps <= 8 ? fwd_panels<2> : fwd_panels<4>;
+  const FwdPanels run = a.dropout_p > 0 ? fwd_panels_of<SomeKept>(w) : fwd_panels_of<AllKept>(w);
   configure_squares();
   for (int64_t j0 = lo / w.keys * w.keys; j0 < hi; j0 += w.keys) {
     const int64_t block = hi - j0 < w.keys ? hi - j0 : w.keys;
@@ -450,7 +517,7 @@ inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
         if (following >= hi)  // where this row will be written
           prefetch_row(out_row(a, head, w.rows[g * kSide + r]), a.head_dim_v * element_size(a.dtype));
       }
-      run(a, w, g, j0, block);
+      run(a, head, w, g, j0, block);
     }
   }
   _tile_release();

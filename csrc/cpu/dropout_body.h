@@ -36,7 +36,8 @@ void dropout_of(const DropoutArgs& a, int64_t begin, int64_t end) {
   for (int64_t e = begin; e < end; e += kDropoutUnit) {
     const uint64_t counter = uint64_t(e) / 8;
     uint32_t words[4 * kCounters];
-    philox<kCounters>(a.seed, uint32_t(counter), uint32_t(counter >> 32), 0, 0, words);
+    for (int i = 0; i < kCounters; i += LMK_LANES)
+      philox(a.seed, uint32_t(counter) + uint32_t(i), uint32_t(counter >> 32), 0, 0, words + 4 * i);
     Acc<E> factor[kDropoutUnit];
     for (int i = 0; i < kDropoutUnit / 2; ++i) {
       factor[2 * i] = int32_t(words[i] & 0xffff) < a.dropped ? 0 : scale;

@@ -152,16 +152,11 @@ void add_isa(py::module_& m, const lmk::Micro& micro) {
     micro.integer_dot[bits == 4](x.data(), factor, weights.data(), y.mutable_data());
     return y;
   });
-  py::dict philox;  // {counters at once: function}
-  for (const lmk::PhiloxFn& function : micro.philox) {
-    philox[py::int_(function.counters)] =
-        py::cpp_function([function](uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
-          Array<uint32_t> words({function.counters, int64_t(4)});
-          function.run(seed, first, c1, c2, c3, words.mutable_data());
-          return words;
-        });
-  }
-  m.attr("philox") = philox;
+  m.def("philox", [&micro](uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3) {
+    Array<uint32_t> words({micro.float32.lanes, int64_t(4)});
+    micro.philox(seed, first, c1, c2, c3, words.mutable_data());
+    return words;
+  });
 }
 
 }  // namespace

@@ -58,11 +58,6 @@ struct MicroProducts {
   void (*pack_columns)(DType dtype, const void* const* rows, int64_t n, int64_t n_cols, void* dst, void* buffer);
 };
 
-struct PhiloxFn {
-  int64_t counters;
-  void (*run)(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* words);
-};
-
 struct Micro {
   MicroVectors<float> float32;
   MicroVectors<double> float64;
@@ -79,7 +74,8 @@ struct Micro {
   // element of x, 8 times; with 4 bits (the second function) the low
   // halves of 4 times 4 bytes, and then the high halves
   void (*integer_dot[2])(const float* x, float factor, const uint8_t* weights, float* y);
-  PhiloxFn philox[3];
+  // words (lanes, 4)
+  void (*philox)(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* words);
 };
 
 const Micro& micro(Isa isa);

@@ -204,7 +204,7 @@ constexpr Micro kMicro[] = {{
     to_f16,
     from_f16,
     {integer_dot<8>, integer_dot<4>},
-    {{1, philox<1>}, {4, philox<4>}, {16, philox<16>}},
+    philox,
 }};
 
 }  // namespace

@@ -101,9 +101,9 @@ def test_another_sequence_of_the_batch_has_no_influence(backend):
 def test_dropout_keeps_the_weights_that_philox_says(threads, dtype, backend, set_threads):
     """With v the identity, out is the weights themselves."""
     set_threads(threads)
-    b, h, s_q, s_k, p, seed = 2, 3, 37, 203, 0.3, -0x0123_4567_89AB_CDEF
-    q, k = torch.randn(b, s_q, h, 16, dtype=dtype), torch.randn(b, s_k, h, 16, dtype=dtype)
-    v = torch.eye(s_k, dtype=dtype)[None, :, None].expand(b, s_k, h, s_k)
+    b, h, h_kv, s_q, s_k, p, seed = 2, 4, 2, 37, 203, 0.3, -0x0123_4567_89AB_CDEF
+    q, k = torch.randn(b, s_q, h, 16, dtype=dtype), torch.randn(b, s_k, h_kv, 16, dtype=dtype)
+    v = torch.eye(s_k, dtype=dtype)[None, :, None].expand(b, s_k, h_kv, s_k)
     weights = attention(q, k, v, dropout_p=p, seed=seed, backend=backend).transpose(1, 2)
     assert torch.equal(weights != 0, attention_keep(torch.tensor(seed), b, h, s_q, s_k, p))
     undropped = attention(q, k, v, backend=backend).transpose(1, 2)
@@ -113,14 +113,17 @@ def test_dropout_keeps_the_weights_that_philox_says(threads, dtype, backend, set
     )
 
 
-def test_the_gradient_drops_what_the_forward_dropped(backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_drops_what_the_forward_dropped(dtype, backend):
     """dv of a one-hot dout is that query's weights."""
-    q, k = torch.randn(1, 20, 1, 16), torch.randn(1, 50, 1, 16)
-    v = torch.randn(1, 50, 1, 20, requires_grad=True)
+    q, k = torch.randn(1, 20, 2, 16, dtype=dtype), torch.randn(1, 50, 1, 16, dtype=dtype)
+    v = torch.randn(1, 50, 1, 40, dtype=dtype, requires_grad=True)
     out = attention(q, k, v, dropout_p=0.4, seed=5, backend=backend)
-    dout = torch.eye(20)[None, :, None]  # query i asks for column i of v
-    (dv,) = torch.autograd.grad(out, v, dout)  # (1, s_k, 1, s_q)
-    assert torch.equal(dv[0, :, 0].T != 0, attention_keep(torch.tensor(5), 1, 1, 20, 50, 0.4)[0, 0])
+    # query i of head h asks for column 20 h + i of v
+    dout = torch.eye(40, dtype=dtype).view(1, 2, 20, 40).transpose(1, 2)
+    (dv,) = torch.autograd.grad(out, v, dout)  # (1, s_k, 1, 40)
+    keep = attention_keep(torch.tensor(5), 1, 2, 20, 50, 0.4)  # (1, 2, 20, s_k)
+    assert torch.equal(dv[0, :, 0].T != 0, keep.view(40, 50))
 
 
 def test_without_a_seed_torchs_generator_rules(backend):
