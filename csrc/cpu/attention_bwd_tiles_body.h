@@ -56,15 +56,41 @@ struct BwdTiles {
   }
 };
 
+// The decisions of dropout on a panel and group, made beforehand.
+struct PanelKept {
+  __mmask16 keep[kSide][2];
+  __mmask16 keeps(int64_t key, int half) const { return keep[key][half]; }
+};
+
+// Makes them while the tiles multiply: steps of `work` in between.
+[[gnu::noinline]] inline PanelKept keep_panel(SomeKept kept, TileWork& work) {
+  PanelKept panel;
+  const auto four_keys = [&](int64_t first) __attribute__((always_inline)) {
+    kept.four_keys(first);
+    for (int64_t key = first; key < first + 4; ++key)
+      for (int half = 0; half < 2; ++half) panel.keep[key][half] = kept.keeps(key, half);
+  };
+  for (int64_t key = 0; key < kSide; key += 8) {
+    work.quarter<0>();
+    four_keys(key);
+    work.quarter<1>();
+    work.quarter<2>();
+    four_keys(key + 4);
+    work.quarter<3>();
+  }
+  return panel;
+}
+inline AllKept keep_panel(AllKept kept, TileWork&) { return kept; }
+
 // P and dS of a panel of keys, whose first is `first`, and a group of queries, from S and dP.
 template <bool kMasked, class Kept>
-[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, Kept kept,
+[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, const Kept& kept,
                                   uint32_t* p, uint32_t* ds, uint32_t* ds_pairs) {
   using V = Vec<float>;
   const Lanes shift = Lanes::load(w.shift + number * kSide), delta = Lanes::load(w.delta + number * kSide);
   const __m512i low_half = _mm512_set1_epi32(0xffff);
   constexpr int kAAndCOrB = 0xec;
-  const auto two_keys = [&](int64_t key) __attribute__((always_inline)) {
+  for (int64_t key = 0; key < kSide; key += 2) {
     __m512i rows[2];  // of dS
     for (int64_t i = 0; i < 2; ++i) {
       V weight[2], gradient[2];
@@ -87,11 +113,6 @@ template <bool kMasked, class Kept>
     _mm512_storeu_si512(pairs, _mm512_ternarylogic_epi32(rows[0], _mm512_slli_epi32(rows[1], 16), low_half, kAAndCOrB));
     _mm512_storeu_si512(pairs + kTileSide,
                         _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rows[0], 16), rows[1]));
-  };
-  for (int64_t key = 0; key < kSide; key += 4) {
-    kept.four_keys(key);
-    two_keys(key);
-    two_keys(key + 2);
   }
 }
 
@@ -168,8 +189,8 @@ void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, 
                  kPanelPairs, w.s, kSide, w.q_depth / kTileSide, false});
       work.push({w.v + panel * kSide * w.v_depth, kTileSide, kPanelPairs, w.dout + g * w.v_depth * kSide, kSide,
                  kPanelPairs, w.dp, kSide, w.v_depth / kTileSide, false});
+      const auto kept = keep_panel(Kept(a, head, group[g], key), work);
       work.finish();
-      const Kept kept(a, head, group[g], key);
       if (group[g].all_see(key, kSide))
         grad_panel<false>(w, factor, number + g, key, kept, p, ds, ds_pairs);
       else
