@@ -30,21 +30,21 @@ void scale_and_add(const E* x, const D* residual, const Acc<E>* factor, int64_t 
 
 template <class E, class D>
 void dropout_of(const DropoutArgs& a, int64_t begin, int64_t end) {
-  constexpr int kCounters = kDropoutUnit / 8;
+  constexpr int64_t kCounters = LMK_LANES, kUnit = 8 * kCounters;
+  static_assert(kDropoutUnit % kUnit == 0);
   const Acc<E> scale = Acc<E>(kDropoutSteps) / Acc<E>(kDropoutSteps - a.dropped);
   const D* residual = static_cast<const D*>(a.residual);
-  for (int64_t e = begin; e < end; e += kDropoutUnit) {
+  for (int64_t e = begin; e < end; e += kUnit) {
     const uint64_t counter = uint64_t(e) / 8;
     uint32_t words[4 * kCounters];
-    for (int i = 0; i < kCounters; i += LMK_LANES)
-      philox(a.seed, uint32_t(counter) + uint32_t(i), uint32_t(counter >> 32), 0, 0, words + 4 * i);
-    Acc<E> factor[kDropoutUnit];
-    for (int i = 0; i < kDropoutUnit / 2; ++i) {
+    philox(a.seed, uint32_t(counter), uint32_t(counter >> 32), 0, 0, words);
+    Acc<E> factor[kUnit];
+    for (int i = 0; i < kUnit / 2; ++i) {
       factor[2 * i] = int32_t(words[i] & 0xffff) < a.dropped ? 0 : scale;
       factor[2 * i + 1] = int32_t(words[i] >> 16) < a.dropped ? 0 : scale;
     }
     scale_and_add(static_cast<const E*>(a.x) + e, residual ? residual + e : nullptr, factor,
-                  end - e < kDropoutUnit ? end - e : kDropoutUnit, static_cast<D*>(a.out) + e);
+                  end - e < kUnit ? end - e : kUnit, static_cast<D*>(a.out) + e);
   }
 }
 
