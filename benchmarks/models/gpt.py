@@ -1,8 +1,10 @@
-"""GPT-2 training and decoding: this library against the plain torch that a user would write instead.
+"""GPT-2 training and decoding: this library against the plain torch that a user would write instead, and training with
+dropout against transformers, where that is installed.
 
 Both hold the same weights and do the same mathematics in one process, turn by turn; a rate is the median of its turns.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import harness
+from benchmarks.models.bert import Step
 from lmkernels import attention
 from lmkernels.models import GPT2Config, GPT2LMHeadModel
 
@@ -87,11 +90,13 @@ class PlainGPT(nn.Module):
 def run(options: harness.Options) -> list[dict]:
     """The table of `python -m benchmarks gpt`: GPT-2 with 124 M parameters."""
     config = GPT2Config.from_name("gpt2")
+    against_transformers = [training_with_dropout] if importlib.util.find_spec("transformers") else []
     return measured(
         [
             line
             for dtype in options.dtypes
             for line in (
+                *((what, {"config": config, "b": 4, "s": 256, "dtype": dtype}) for what in against_transformers),
                 (training, {"config": config, "b": 4, "s": 256, "dtype": dtype}),
                 (decoding, {"config": config, "b": 1, "prompt": 32, "n": 32, "dtype": dtype}),
                 (decoding, {"config": config, "b": 8, "prompt": 32, "n": 32, "dtype": dtype}),
@@ -112,7 +117,12 @@ def compare(step_seconds_budget: float = 3.0) -> list[dict]:
 
 def title(function: Callable, shape: dict) -> str:
     """A line's name: what is measured, and the shape it is measured at."""
-    what = {attending: "attention forward+backward", training: "training step", decoding: "greedy decoding"}[function]
+    what = {
+        attending: "attention forward+backward",
+        training: "training step",
+        training_with_dropout: "training step with dropout",
+        decoding: "greedy decoding",
+    }[function]
     sizes = " ".join(f"{name} {value}" for name, value in shape.items() if isinstance(value, int))
     config = shape.get("config")
     model = f", {config.n_layer} layers, width {config.n_embd}" if config else ""
@@ -131,9 +141,10 @@ def measured(lines: list[tuple[Callable, dict]], seconds: float) -> list[dict]:
             rows.append(row | {"error": error})
             continue
         timings = harness.interleaved(competitors, seconds, least=3)
-        ours, plain = timings["ours"].median, timings["plain torch"].median
-        row |= {"unit": unit, "ours": round(work / ours, 1), "plain torch": round(work / plain, 1)}
-        rows.append(row | {"ratio": round(plain / ours, 2)})
+        (peer,) = timings.keys() - {"ours"}
+        ours, theirs = timings["ours"].median, timings[peer].median
+        row |= {"unit": unit, "ours": round(work / ours, 1), peer: round(work / theirs, 1)}
+        rows.append(row | {"ratio": round(theirs / ours, 2)})
     return rows
 
 
@@ -181,6 +192,22 @@ def training(*, config: GPT2Config, b: int, s: int, dtype: str) -> tuple:
     # losses after the first step differ when the gradients do
     error = disagreement([ours_step() for _ in range(3)], [plain_step() for _ in range(3)], dtype)
     return {"ours": ours_step, "plain torch": plain_step}, b * s, "tokens/s", error
+
+
+def training_with_dropout(*, config: GPT2Config, b: int, s: int, dtype: str) -> tuple:
+    """Forward, backward and AdamW of transformers' own model, as its defaults are, in tokens per second."""
+    import transformers
+
+    ours = GPT2LMHeadModel(config)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_dict(), attn_implementation="eager"))
+    theirs.transformer.load_state_dict(ours.transformer.state_dict())  # the head is tied
+    ids = torch.randint(config.vocab_size, (b, s))
+    steps = {
+        name: Step(model, {"input_ids": ids, "labels": ids, "use_cache": False}, dtype)
+        for name, model in (("ours", ours), ("transformers, eager", theirs))
+    }
+    error = disagreement(*([step.without_dropout(2)] for step in steps.values()), dtype)
+    return steps, b * s, "tokens/s", error
 
 
 def decoding(*, config: GPT2Config, b: int, prompt: int, n: int, dtype: str) -> tuple:
