@@ -1,7 +1,8 @@
 """BERT-base on full or ragged batches: inference and a step of fine-tuning, against what is in use.
 
-The peers hold the same weights. Of a ragged batch (lengths s / b, 2 s / b, ... s) they compute the padding too, as
-always. Inference in bfloat16 has bfloat16 weights, training in bfloat16 is autocast; dropout is on in training.
+The peers hold the same weights; int8 weights, the rest in bfloat16, are compared with our own model without them. Of a
+ragged batch (lengths s / b, 2 s / b, ... s) the others compute the padding too, as always. Inference in bfloat16 has
+bfloat16 weights, training in bfloat16 is autocast; dropout is on in training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 import lmkernels.models
 from benchmarks import harness
+from lmkernels.models.quantized import quantize
 
 DTYPES = ("float32", "bfloat16")
 
@@ -55,7 +57,7 @@ def lines() -> list[harness.Line]:
         for direction in ("inference", "training")
         for ragged in (False, True)
         for dtype in DTYPES
-    ]
+    ] + [line("int8 inference", Shape(ragged=ragged), "bfloat16") for ragged in (False, True)]
 
 
 @functools.cache
@@ -90,19 +92,27 @@ def inference(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]
     inputs = shape.batch()
     ours = model(lmkernels.models, "BertModel", shape, dtype).eval()
     theirs = model(transformers, "BertModel", shape, dtype, attn_implementation="sdpa").eval()
-
-    def caller(module):
-        def call():
-            with torch.no_grad():
-                return module(**inputs)[0]
-
-        return call
-
-    calls = {"ours": caller(ours), "transformers": caller(theirs)}
+    calls = {"ours": hidden_state(ours, inputs), "transformers": hidden_state(theirs, inputs)}
     if harness.device.type == "cpu" and importlib.util.find_spec("openvino"):
         theirs = model(transformers, "BertModel", shape, attn_implementation="sdpa").eval()
         calls["OpenVINO"] = openvino(theirs, inputs, dtype)
     return calls
+
+
+@functools.lru_cache(maxsize=1)
+def int8_inference(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
+    inputs = shape.batch()
+    ours, wide = (model(lmkernels.models, "BertModel", shape, dtype).eval() for _ in range(2))
+    quantize(ours, "int8")
+    return {"ours": hidden_state(ours, inputs), f"ours, {dtype}": hidden_state(wide, inputs)}
+
+
+def hidden_state(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def call():
+        with torch.no_grad():
+            return module(**inputs)[0]
+
+    return call
 
 
 def openvino(module, inputs, dtype: str) -> Callable[[], torch.Tensor]:
@@ -155,14 +165,17 @@ class Step:
         return losses
 
 
+COMPETITORS = {"inference": inference, "training": training, "int8 inference": int8_inference}
+
+
 def wrong(direction: str, shape: Shape, dtype: str) -> str | None:
     """Why a result is wrong: the hidden states of the real tokens, or the losses of steps without dropout."""
-    if direction == "inference":
-        real = shape.batch()["attention_mask"].bool()
-        results = {name: call()[real] for name, call in inference(dtype, shape).items()}
-    else:
+    if direction == "training":
         results = {name: step.without_dropout(2) for name, step in training(dtype, shape).items()}
-    limit = 1e-4 if dtype == "float32" else 3e-2
+    else:
+        real = shape.batch()["attention_mask"].bool()
+        results = {name: call()[real] for name, call in COMPETITORS[direction](dtype, shape).items()}
+    limit = 1e-4 if dtype == "float32" else 0.1 if direction == "int8 inference" else 3e-2
     ours = results["ours"].double()
     for name, result in results.items():
         error = ((ours - result.double()).norm() / ours.norm()).item()
@@ -180,7 +193,7 @@ def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
         case=f"{direction}, {'ragged' if shape.ragged else 'dense'}, b {shape.b} s {shape.s}",
         dtype=dtype,
         direction="",
-        competitors=lambda: {"inference": inference, "training": training}[direction](dtype, shape),
+        competitors=lambda: COMPETITORS[direction](dtype, shape),
         wrong=lambda: wrong(direction, shape, dtype),
         flops=2 * (int(lengths.sum()) * per_token + scores) * (3 if direction == "training" else 1),
     )
