@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..ops.decode_step import StepLayer, StepModel
+from .dropout import Dropout
 from .quantized import Quantized
 
 
@@ -36,8 +37,8 @@ def step_model(self) -> StepModel | None:
 
 def is_plain(module: nn.Module, ours: str) -> bool:
     kind = type(module).__module__
-    known = kind == ours or kind.startswith(("torch.nn.modules.", "lmkernels.nn.")) or isinstance(module, Quantized)
-    return known and all(is_plain(child, ours) for child in module.children())
+    known = kind == ours or kind.startswith(("torch.nn.modules.", "lmkernels.nn.")) or type(module) is Dropout
+    return (known or isinstance(module, Quantized)) and all(is_plain(child, ours) for child in module.children())
 
 
 def step_layer(block: nn.Module) -> StepLayer:
