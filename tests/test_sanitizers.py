@@ -83,4 +83,4 @@ def test_every_kernel_is_clean(folder):
 
 def test_every_native_op_is_among_them():
     native = {path.parent.name for path in TESTS.parent.glob("lmkernels/ops/*/native.py")}
-    assert native == set(sanitized_ops.OPS)
+    assert native | {"dropout"} == set(sanitized_ops.OPS)  # which has no other backend, and so no folder
