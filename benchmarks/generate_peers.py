@@ -15,6 +15,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,9 @@ def llama_cpp(model: GPT2LMHeadModel, kind: str) -> Peer:
             times.append(time.perf_counter())
         return [list(row) for row in zip(*written)], times
 
-    return write
+    # in a thread of its own: it sets the shapes of AMX's tiles once for each thread, and others set theirs
+    thread = ThreadPoolExecutor(max_workers=1)
+    return lambda prompts, new: thread.submit(write, prompts, new).result()
 
 
 def write_gguf(model: GPT2LMHeadModel, kind: str, path: Path) -> None:
