@@ -249,3 +249,18 @@ def warn(s: Settings, given: dict) -> None:
                 f"`{kind}_new_tokens` will take precedence.",
                 stacklevel=5,
             )
+
+
+def warn_of_lengths(s: Settings, prompt: int, total: int) -> None:
+    """Warns, in Hugging Face's words, where a text must end before it may."""
+    least, what = s.min_length, f"`min_length` ({s.min_length})"
+    if s.min_new_tokens is not None:
+        least = prompt + s.min_new_tokens
+        what = f"`min_new_tokens` ({s.min_new_tokens}), when added to the prompt length ({prompt}),"
+    if least > total:
+        warnings.warn(
+            f"Unfeasible length constraints: {what} is larger than the maximum possible length ({total}). Generation "
+            "will stop at the defined maximum length. You should decrease the minimum length and/or increase the "
+            "maximum length.",
+            stacklevel=5,
+        )

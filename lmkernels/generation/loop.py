@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .beams import beam_search
-from .config import Settings, settings_for
+from .config import Settings, settings_for, warn_of_lengths
 from .decoder import Decoder
 from .outputs import GenerateOutput
 from .plan import Plan
@@ -116,6 +116,7 @@ def plan_for(model, s: Settings, inputs, attention_mask, custom, criteria, allow
     limits = [c.max_length for c in criteria if hasattr(c, "max_length")]
     lengths = (limits[-1], None) if limits else (s.max_length, s.max_new_tokens)
     total = total_length(ids.shape[1], longest, *lengths, config.n_positions)
+    warn_of_lengths(s, ids.shape[1], total)
     if streamer is not None and s.num_beams > 1:
         raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
     stops: list[Callable] = []

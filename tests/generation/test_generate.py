@@ -82,6 +82,10 @@ def test_lengths_follow_hugging_face(model, ids):
     with pytest.warns(UserWarning, match="`max_new_tokens` will take precedence"):
         assert length(max_length=12, max_new_tokens=9) == 17
     assert model.generate(ids.repeat(1, 5), eos_token_id=[]).shape[1] == 48
+    with pytest.warns(UserWarning, match=r"Unfeasible length constraints: `min_length` \(13\) is larger .* \(12\)"):
+        assert length(max_length=12, min_length=13) == 12
+    with pytest.warns(UserWarning, match=r"`min_new_tokens` \(5\), when added to the prompt length \(8\), is larger"):
+        assert length(max_length=12, min_new_tokens=5) == 12
 
 
 def test_top_k_keeps_k_and_top_p_the_smallest_set_that_reaches_p():
