@@ -100,6 +100,7 @@ lmk::DType dtype_of(const Tensor& x) {
 // nothing.
 void want_huge_pages(void* data, int64_t bytes) {
 #ifdef __linux__
+  if (bytes < 4 << 20) return;
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
@@ -121,8 +122,7 @@ Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, std::optional
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                                   aoti_torch_device_type_cpu(), 0, &made));
   Tensor x(made);
-  const int64_t bytes = x.numel() * int64_t(x.element_size());
-  if (bytes >= 4 << 20) want_huge_pages(x.mutable_data_ptr(), bytes);
+  if (stride >= 1 << 19) want_huge_pages(x.mutable_data_ptr(), x.numel() * int64_t(x.element_size()));
   if (poisoned && x.numel() > 0) memset(x.mutable_data_ptr(), 0xff, size_t(x.numel()) * x.element_size());
   return x;
 }

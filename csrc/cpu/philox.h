@@ -118,19 +118,15 @@ template <int kFirst, int kVectors>
 
 // words (4 * LMK_LANES,): word w of counter (first + i, c1, c2, c3) at 4 * i + w.
 inline void philox(uint64_t seed, uint32_t first, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t* words) {
-  // in an order that transpose4 makes the natural one
-  static constexpr uint32_t kOrder[] = {
-#if LMK_LANES == 4
-      0, 1, 2, 3
-#elif LMK_LANES == 8
-      0, 2, 4, 6, 1,
-      3, 5, 7
-#else
-      0, 4,  8,  12, 1, 5,  9, 13, 2,
-      6, 10, 14, 3,  7, 11, 15
-#endif
+  struct Order {
+    uint32_t lane[LMK_LANES];
   };
-  Words x[1][4] = {{Words::load(kOrder) + words1(first), words1(c1), words1(c2), words1(c3)}};
+  static constexpr Order kOrder = [] {  // that transpose4 makes the natural one
+    Order order{};
+    for (uint32_t i = 0; i < LMK_LANES; ++i) order.lane[i] = i % 4 * (LMK_LANES / 4) + i / 4;
+    return order;
+  }();
+  Words x[1][4] = {{Words::load(kOrder.lane) + words1(first), words1(c1), words1(c2), words1(c3)}};
   philox_rounds<0, 1>(seed, x);
   transpose4(x[0]);
   for (int i = 0; i < 4; ++i) x[0][i].store(words + i * LMK_LANES);
