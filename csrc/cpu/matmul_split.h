@@ -1,7 +1,7 @@
 // Large matrix products of float32 by tiles of bfloat16 (AMX): an element is the sum of three bfloat16 of 8 bits each,
 // exactly, and the six largest of the nine products of two such sums are added up. What is left out is below 2^-23 of
 // a product. The five small ones come first, so that the sum is rounded at its full size as often as a plain one:
-// errors are smaller than those of fused multiply-adds, of which a core does half as many. Included by matmul.h.
+// errors are smaller than those of fused multiply-adds. Included by matmul.h.
 
 #if LMK_TILES
 
