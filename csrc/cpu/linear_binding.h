@@ -83,7 +83,7 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
 
 // Up to this many rows the reading of the weight, once, is what a product costs.
 bool is_skinny(const Tensor& x, const Tensor& weight) {
-  constexpr int64_t kMostRows = 16;
+  constexpr int64_t kMostRows = 32;
   return x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type();
 }
 

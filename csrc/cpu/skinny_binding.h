@@ -65,10 +65,18 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
   const int64_t granule = a.transposed ? kernels.column_unit : lmk::kStreams;
   int64_t cols = std::max((a.cols + kTasks - 1) / kTasks * (a.transposed ? 2 : 1), kLeastBytes / column_bytes);
   cols = (cols + granule - 1) / granule * granule;
-  run_tasks(
-      (a.cols + cols - 1) / cols, kernels.scratch(a, cols),
-      std::max(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * a.cols * column_bytes),
-      [&](int64_t task, void* scratch) { kernels.run(a, task * cols, std::min(cols, a.cols - task * cols), scratch); });
+  const int64_t tasks = (a.cols + cols - 1) / cols, size = lmk::element_size(a.dtype);
+  const int64_t threads = torch::stable::get_num_threads();
+  const double work = std::max(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * a.cols * column_bytes);
+  run_tasks(tasks, kernels.scratch(a, cols), work, [&](int64_t task, void* scratch) {
+    lmk::SkinnyArgs own = a;
+    if (const int64_t next = task + threads; next < tasks) {  // most likely
+      const int64_t step = (a.transposed ? 1 : a.weight_row) * size;
+      own.next = {static_cast<const char*>(a.weight) + next * cols * step, (a.transposed ? cols : a.depth) * size,
+                  a.weight_row * size};
+    }
+    kernels.run(own, task * cols, std::min(cols, a.cols - task * cols), scratch);
+  });
 }
 
 // activation(x weight^T + bias) + residual

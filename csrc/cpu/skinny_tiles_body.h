@@ -25,10 +25,30 @@ inline RowGroup row_group(int64_t rows, int64_t group) {
 // Whether vectors do what tiles would.
 inline bool is_one_row(const SkinnyArgs& a) { return a.rows == 1 && a.depth > 0 && a.transposed && !is_in_parts(a); }
 
-// sums (rows, 32 columns) += x (rows, 32 steps) times a panel, whose two tiles per step follow each other.
+// Fetches rows that are read next, from kStreams places in turn, in the order of memory at each.
+struct PanelWalk {
+  const char* p = nullptr;
+  int64_t run, stride, apart, left = 0;  // bytes of a row, to the next one, and to the next place; rows of a place
+  int64_t done = 0;                      // of these rows
+
+  PanelWalk() = default;
+  PanelWalk(const Ahead& rows, int64_t count)
+      : p(rows.data), run(rows.run), stride(rows.stride), apart(count / kStreams * stride) {
+    if (p) left = count / kStreams;
+  }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && left > 0; --lines) {
+      for (int s = 0; s < kStreams; ++s) fetch_to_l1(p + s * apart + done);
+      done += 64;
+      if (done >= run) p += stride, done = 0, --left;
+    }
+  }
+};
+
+// sums (rows, 32) = or += x (rows, kTileK) times a panel, two tiles one behind the other
 template <bool kLower>
-void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const char* panel, int64_t steps, bool zero,
-                      float* sums, int64_t sums_row) {
+void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const char* panel, bool zero, float* sums,
+                      int64_t sums_row) {
   const int64_t bytes = sums_row * 4;
   float* lower = sums + g.upper * sums_row;
   if (zero) {
@@ -46,17 +66,15 @@ void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const
       _tile_loadd(3, lower + 16, bytes);
     }
   }
-  for (int64_t k = 0; k < steps; ++k) {
-    _tile_loadd(6, panel + 2 * k * kTileSize, 64);
-    _tile_loadd(7, panel + (2 * k + 1) * kTileSize, 64);
-    _tile_loadd(4, x + k * kTileK, x_row * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kLower) {
-      _tile_loadd(5, x + g.upper * x_row + k * kTileK, x_row * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+  _tile_loadd(6, panel, 64);
+  _tile_loadd(7, panel + kTileSize, 64);
+  _tile_loadd(4, x, x_row * 2);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (kLower) {
+    _tile_loadd(5, x + g.upper * x_row, x_row * 2);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, sums, bytes);
   _tile_stored(1, sums + 16, bytes);
@@ -66,122 +84,139 @@ void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const
   }
 }
 
-// tiles (steps, 2, 16, 32): a panel of 32 columns, two rows at a time interleaved as SkinnyBf16::load_columns does it;
+// panel (2, 16, 32): kTileK rows of 32 columns, two rows at a time interleaved as SkinnyBf16::load_columns does it;
 // fetches as much as it reads.
-inline void interleave_panel(const uint16_t* w, int64_t w_row, int64_t depth, int64_t cols, RunWalk& ahead,
-                             char* tiles) {
+inline void interleave_panel(const uint16_t* w, int64_t w_row, int64_t depth, int64_t cols, PanelWalk& ahead,
+                             char* panel) {
   const __mmask32 mask = cols >= kTilePanel ? ~0u : (1u << cols) - 1;
-  RunWalk walk = ahead;
-  for (int64_t d = 0; d < round_up(depth, kTileK); d += 2) {
-    walk.fetch(64);
-    walk.fetch(64);
+  for (int64_t d = 0; d < kTileK; d += 2, panel += 64) {
+    if (d % kStreams == 0) ahead.fetch(1);
     const __m512i even = _mm512_maskz_loadu_epi16(d < depth ? mask : 0, w + d * w_row);
     const __m512i odd = _mm512_maskz_loadu_epi16(d + 1 < depth ? mask : 0, w + (d + 1) * w_row);
-    char* dst = tiles + (d / kTileK * 2 * kTileHeight + d % kTileK / 2) * 64;
-    _mm512_storeu_si512(dst, _mm512_unpacklo_epi16(even, odd));
-    _mm512_storeu_si512(dst + kTileSize, _mm512_unpackhi_epi16(even, odd));
+    _mm512_storeu_si512(panel, _mm512_unpacklo_epi16(even, odd));
+    _mm512_storeu_si512(panel + kTileSize, _mm512_unpackhi_epi16(even, odd));
   }
-  ahead = walk;
 }
 
-// Rows of the weight that make a panel: those of a sum, or where that is all of them, so many that sums are seldom read
-// and written again.
-inline int64_t panel_depth(const SkinnyArgs& a) {
-  const int64_t most = is_in_parts(a) ? a.sum_depth : 128, depth = round_up(a.depth, kTileK);
-  return depth < most ? depth : most;
-}
-
-// sums (rows, 32) as tiles leave them; out (rows, 32) = their columns in order, or is added to them.
-inline void join_columns(const float* sums, int64_t rows, bool add, float* out, int64_t out_row) {
-  for (int64_t r = 0; r < rows; ++r, sums += 32, out += out_row) {
-    __m512 one = _mm512_loadu_ps(sums), other = _mm512_loadu_ps(sums + 16);
+// part (cols,): sums as tiles leave them; out (cols,) = them in the order of the columns, or is added to them
+inline void join_columns(const float* part, int64_t cols, bool add, float* out) {
+  for (int64_t c = 0; c < cols; c += kTilePanel) {
+    __m512 one = _mm512_loadu_ps(part + c), other = _mm512_loadu_ps(part + c + 16);
     SkinnyBf16::order(one, other);
-    if (add) one = _mm512_add_ps(_mm512_loadu_ps(out), one), other = _mm512_add_ps(_mm512_loadu_ps(out + 16), other);
-    _mm512_storeu_ps(out, one);
-    _mm512_storeu_ps(out + 16, other);
+    if (add)
+      one = _mm512_add_ps(_mm512_loadu_ps(out + c), one), other = _mm512_add_ps(_mm512_loadu_ps(out + c + 16), other);
+    _mm512_storeu_ps(out + c, one);
+    _mm512_storeu_ps(out + c + 16, other);
   }
 }
 
+// Some kTileK rows of the weight that a task on `cols` columns reads from row k on, or that come after it
+inline PanelWalk rows_after(const SkinnyArgs& a, int64_t first, int64_t cols, int64_t k) {
+  if (k >= a.depth) return PanelWalk(a.next, kTileK);
+  const uint16_t* rows = static_cast<const uint16_t*>(a.weight) + k * a.weight_row + first;
+  return PanelWalk({reinterpret_cast<const char*>(rows), cols * 2, a.weight_row * 2},
+                   a.depth - k < kTileK ? a.depth - k : kTileK);
+}
+
+// All columns take kTileK rows of the weight in turn: these lie pages apart, and the TLB holds few pages.
 inline void run_tile_columns(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
-  const int64_t ld = round_up(cols, kTilePanel), block = panel_depth(a), groups = row_groups(a.rows);
-  const bool in_parts = is_in_parts(a);
+  const int64_t ld = round_up(cols, kTilePanel), groups = row_groups(a.rows);
+  const int64_t sum_depth = is_in_parts(a) ? a.sum_depth : a.depth;
+  const bool alike = a.rows % groups == 0;  // or tiles are configured for each group
+  const int64_t at_once = alike ? kTilePanel : ld;
   float *sums = static_cast<float*>(scratch), *part = sums + a.rows * ld;
-  char* panel = reinterpret_cast<char*>(part + 32 * 32);
+  char* panels = reinterpret_cast<char*>(part + a.rows * ld);
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first;
   const uint16_t* x = static_cast<const uint16_t*>(a.packed);
   Epilogue epilogue = a.epilogue;
   if (a.depth == 0) memset(sums, 0, size_t(a.rows * ld) * sizeof(float));
-  for (int64_t k = 0; k < a.depth; k += block) {
-    const int64_t depth = a.depth - k < block ? a.depth - k : block, steps = (depth + kTileK - 1) / kTileK;
-    // the next rows, each in one run
-    RunWalk ahead{reinterpret_cast<const char*>(weight + (k + block) * a.weight_row), ld * 2, ld * 2, a.weight_row * 2};
-    if (k + block >= a.depth && a.next.data) ahead = {a.next.data, a.next.run, a.next.run, a.next.stride};
-    for (int64_t c = 0; c < ld; c += kTilePanel) {
-      interleave_panel(weight + k * a.weight_row + c, a.weight_row, depth, cols - c, ahead, panel);
+  for (int64_t k = 0, later = kTileK; k < a.depth; k = later, later += kTileK) {
+    const int64_t depth = a.depth - k < kTileK ? a.depth - k : kTileK;
+    const bool begins = k % sum_depth == 0, ends = later >= a.depth || later % sum_depth == 0;
+    PanelWalk ahead = rows_after(a, first, cols, later);
+    for (int64_t from = 0; from < ld; from += at_once) {
+      for (int64_t c = from; c < from + at_once; c += kTilePanel)
+        interleave_panel(weight + k * a.weight_row + c, a.weight_row, depth, cols - c, ahead,
+                         panels + (c - from) * kTileK * 2);
       for (int64_t i = 0; i < groups; ++i) {
         const RowGroup g = row_group(a.rows, i);
-        if (groups > 1 || (k == 0 && c == 0)) configure_tiles(g.upper, g.lower);
+        if (!alike || (k == 0 && from == 0 && i == 0)) configure_tiles(g.upper, g.lower);
         const uint16_t* rows = x + g.first * a.packed_row + k;
-        float *total = sums + g.first * ld + c, *out = in_parts ? part : total;
-        const int64_t out_row = in_parts ? 32 : ld;
-        if (g.lower)
-          multiply_columns<true>(g, rows, a.packed_row, panel, steps, in_parts || k == 0, out, out_row);
-        else
-          multiply_columns<false>(g, rows, a.packed_row, panel, steps, in_parts || k == 0, out, out_row);
-        if (in_parts) join_columns(part, g.upper + g.lower, k > 0, total, ld);
+        for (int64_t c = from; c < from + at_once; c += kTilePanel)
+          (g.lower ? multiply_columns<true> : multiply_columns<false>)(g, rows, a.packed_row,
+                                                                       panels + (c - from) * kTileK * 2, begins,
+                                                                       part + g.first * ld + c, ld);
       }
     }
-    if (in_parts && k == 0 && epilogue.bias) {  // it belongs to the first part
+    if (!ends) continue;
+    for (int64_t r = 0; r < a.rows; ++r) join_columns(part + r * ld, ld, k >= sum_depth, sums + r * ld);
+    if (k < sum_depth && sum_depth < a.depth && epilogue.bias) {  // it belongs to the first part
       const char* bias = static_cast<const char*>(epilogue.bias) + first * element_size(epilogue.bias_dtype);
       for (int64_t r = 0; r < a.rows; ++r) add_row(epilogue.bias_dtype, bias, cols, sums + r * ld);
       epilogue.bias = nullptr;
     }
   }
   _tile_release();
-  for (int64_t r = 0; r < a.rows; ++r) {
-    if (!in_parts) SkinnyBf16::order_columns(sums + r * ld, ld);
-    finish_row(epilogue, r, first, cols, sums + r * ld);
-  }
+  for (int64_t r = 0; r < a.rows; ++r) finish_row(epilogue, r, first, cols, sums + r * ld);
 }
 
-// What tiles make of a single row of x, up to subnormals, which they take for zeros: two rows of the weight at a time,
-// in the order of memory, which comes faster than panel by panel.
+// What tiles make of a single row of x, up to subnormals, which they take for zeros: four rows of the weight at a time,
+// in the order of memory. Of 32 columns the even ones come first, then the odd ones, until all is summed up.
 inline void run_one_row(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   using V = Vec<float>;
-  constexpr int64_t kAhead = 8192;
-  const int64_t ld = round_up(cols, kTilePanel), apart = round_up((kAhead + cols * 2 - 1) / (cols * 2), 2);
-  float *sums = static_cast<float*>(scratch), *part[2] = {sums + ld, sums + 2 * ld};  // of even and of odd places
-  uint16_t* tail[2] = {reinterpret_cast<uint16_t*>(sums + 3 * ld), reinterpret_cast<uint16_t*>(sums + 3 * ld) + 16};
+  constexpr int64_t kRows = 4;
+  const int64_t ld = round_up(cols, kTilePanel);
+  float *sums = static_cast<float*>(scratch), *even_part = sums + ld,
+        *odd_part = even_part + ld;  // by place in the depth
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first;
   const uint16_t* x = static_cast<const uint16_t*>(a.packed);
-  const auto later = [&](int64_t row) {
-    return row < a.depth || !a.next.data ? reinterpret_cast<const char*>(weight + row * a.weight_row)
-                                         : a.next.data + (row - a.depth) * a.next.stride;
-  };
-  for (int64_t k = 0; k < a.depth; k += 2) {
-    const bool has_odd = k + 1 < a.depth, begins = k % kTileK == 0, is_first = k < kTileK;
-    const bool ends = k % kTileK == kTileK - 2 || k + 2 >= a.depth;
-    const uint16_t *even_row = weight + k * a.weight_row, *odd_row = even_row + (has_odd ? a.weight_row : 0);
-    const char *fetch_even = later(k + apart), *fetch_odd = later(k + apart + 1);
-    const V even_x = V::set1(from_bits(uint32_t(x[k]) << 16));
-    const V odd_x = V::set1(has_odd ? from_bits(uint32_t(x[k + 1]) << 16) : 0.0f);
-    for (int64_t c = 0; c < cols; c += 16) {
-      if (c % 32 == 0) fetch_to_l2(fetch_even + c * 2), fetch_to_l2(fetch_odd + c * 2);
-      const uint16_t *even_w = even_row + c, *odd_w = odd_row + c;
-      if (c + 16 > cols) {
-        for (int64_t i = 0; i < 16; ++i)
-          tail[0][i] = c + i < cols ? even_w[i] : 0, tail[1][i] = c + i < cols ? odd_w[i] : 0;
-        even_w = tail[0], odd_w = tail[1];
-      }
-      const V even = fma(load_bf16(even_w), even_x, begins ? V::zero() : V::load(part[0] + c));
-      const V odd = fma(load_bf16(odd_w), odd_x, begins ? V::zero() : V::load(part[1] + c));
-      if (ends) {
-        const V sum = even + odd;
-        (is_first ? sum : V::load(sums + c) + sum).store(sums + c);
-      } else {
-        even.store(part[0] + c), odd.store(part[1] + c);
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  PanelWalk ahead;
+  for (int64_t k = 0; k < a.depth; k += kRows) {
+    const bool begins = k % kTileK == 0, ends = (k + kRows) % kTileK == 0 || k + kRows >= a.depth,
+               is_first = k < kTileK;
+    if (begins) ahead = rows_after(a, first, cols, k + kTileK);
+    const uint16_t* row[kRows];
+    V places[kRows];
+    __mmask32 is_row[kRows];
+    for (int64_t i = 0; i < kRows; ++i) {
+      const bool is_there = k + i < a.depth;
+      row[i] = weight + (is_there ? k + i : k) * a.weight_row;
+      places[i] = V::set1(is_there ? from_bits(uint32_t(x[k + i]) << 16) : 0.0f);
+      is_row[i] = is_there ? ~0u : 0u;
+    }
+    for (int64_t c = 0; c < cols; c += 32) {
+      if (c % 64 == 0) ahead.fetch(1);
+      const __mmask32 lanes = cols - c < 32 ? (1u << (cols - c)) - 1 : ~0u;
+      __m512i w[kRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) w[i] = _mm512_maskz_loadu_epi16(lanes & is_row[i], row[i] + c);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = c + 16 * half;
+        V wide[kRows];
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i)
+          wide[i] = {_mm512_castsi512_ps(half ? _mm512_and_si512(w[i], upper) : _mm512_slli_epi32(w[i], 16))};
+        V even = begins ? V::zero() : V::load(even_part + at), odd = begins ? V::zero() : V::load(odd_part + at);
+#pragma GCC unroll 2
+        for (int i = 0; i < kRows; i += 2)
+          even = fma(wide[i], places[i], even), odd = fma(wide[i + 1], places[i + 1], odd);
+        if (ends) {
+          const V sum = even + odd;
+          (is_first ? sum : V::load(sums + at) + sum).store(sums + at);
+        } else {
+          even.store(even_part + at), odd.store(odd_part + at);
+        }
       }
     }
+  }
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t c = 0; c < cols; c += 32) {
+    const __m512 even = _mm512_loadu_ps(sums + c), odd = _mm512_loadu_ps(sums + c + 16);
+    _mm512_storeu_ps(sums + c, _mm512_permutex2var_ps(even, low, odd));
+    _mm512_storeu_ps(sums + c + 16, _mm512_permutex2var_ps(even, high, odd));
   }
   finish_row(a.epilogue, 0, first, cols, sums);
 }
@@ -234,9 +269,10 @@ inline void configure_rows(const RowGroup& g) {
   s.load();
 }
 
-// sums (kTiles, 16, 16): of tiles of 16 rows of the weight, straight from memory, which comes fast from so many places
+// sums (kTiles, 16, 16): of tiles of 16 rows of the weight
 template <int kTiles>
-void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_bytes, int64_t steps, float* sums) {
+void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_bytes, int64_t steps, PanelWalk ahead,
+                   float* sums) {
   const int64_t tile = 16 * w_bytes;
   _tile_zero(0);
   if constexpr (kTiles == 6) {
@@ -247,6 +283,7 @@ void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_byte
     _tile_zero(5);
   }
   for (int64_t k = 0; k < steps; ++k, w += 64) {
+    ahead.fetch(16 * kTiles / kStreams);
     _tile_loadd(7, x + k * 16 * x_bytes, x_bytes);
     _tile_loadd(6, w, w_bytes);
     _tile_dpbf16ps(0, 6, 7);
@@ -275,7 +312,7 @@ void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_byte
 
 // sums (kTiles, 2, 16, 16): the same with two tiles of x, which alternate
 template <int kTiles>
-void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t steps, float* sums) {
+void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t steps, PanelWalk ahead, float* sums) {
   const int64_t tile = 16 * w_bytes;
   _tile_zero(0);
   _tile_zero(1);
@@ -284,6 +321,7 @@ void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t 
     _tile_zero(3);
   }
   for (int64_t k = 0; k < steps; ++k, w += 64) {
+    ahead.fetch(16 * kTiles / kStreams);
     _tile_loadd(6, x + 2 * k * kTileSize, 64);
     _tile_loadd(7, x + (2 * k + 1) * kTileSize, 64);
     _tile_loadd(4, w, w_bytes);
@@ -338,14 +376,18 @@ inline void run_tile_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void
     const char* w = reinterpret_cast<const char*>(weight + c * a.weight_row);
     if (!is_whole) pad_rows(a, weight + c * a.weight_row, cols - c < 16 ? cols - c : 16, padded), w = padded;
     const int64_t w_bytes = is_whole ? a.weight_row * 2 : padded_row(a);
-    for (int64_t i = 0; i < groups; ++i) {
+    const int64_t later = c + 16 * tiles;
+    PanelWalk ahead({reinterpret_cast<const char*>(weight + later * a.weight_row), a.depth * 2, a.weight_row * 2},
+                    cols - later < 16 * tiles ? cols - later : 16 * tiles);
+    if (later >= cols) ahead = PanelWalk(a.next, 16 * tiles);
+    for (int64_t i = 0; i < groups; ++i, ahead = {}) {
       const RowGroup g = row_group(a.rows, i);
       if (groups > 1 || c == 0) configure_rows(g);
       const char* own = is_one ? static_cast<const char*>(a.packed) : x + i * steps * 2 * kTileSize;
       if (g.lower)
-        (tiles > 1 ? multiply_rows_twice<2> : multiply_rows_twice<1>)(w, w_bytes, own, steps, sums);
+        (tiles > 1 ? multiply_rows_twice<2> : multiply_rows_twice<1>)(w, w_bytes, own, steps, ahead, sums);
       else
-        (tiles > 1 ? multiply_rows<6> : multiply_rows<1>)(w, w_bytes, own, is_one ? 4 : 64, steps, sums);
+        (tiles > 1 ? multiply_rows<6> : multiply_rows<1>)(w, w_bytes, own, is_one ? 4 : 64, steps, ahead, sums);
       const int64_t halves = g.lower ? 2 : 1;
       for (int64_t part = 0; part < tiles * halves; ++part) {
         const bool is_lower = part % halves;
@@ -362,8 +404,8 @@ inline void run_tile_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void
 
 inline int64_t tiles_scratch(const SkinnyArgs& a, int64_t cols) {
   const int64_t ld = round_up(cols, kTilePanel), steps = (a.depth + kTileK - 1) / kTileK;
-  if (is_one_row(a)) return 3 * ld * 4 + 64;
-  if (a.transposed) return (a.rows * ld + 32 * 32) * 4 + panel_depth(a) * kTilePanel * 2;
+  if (is_one_row(a)) return 3 * ld * 4;
+  if (a.transposed) return 2 * a.rows * ld * 4 + kTileK * ld * 2;
   return row_groups(a.rows) * steps * 2 * kTileSize + 16 * padded_row(a) + (7 * 256 + a.rows * ld) * 4;
 }
 

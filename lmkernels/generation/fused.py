@@ -14,7 +14,7 @@ from .graphed import GraphedDecoder
 MOST_ROWS = 64
 # A prompt of so many tokens is read by a step, beside whatever else is in it. Longer ones are read layer by layer, in
 # passes over more tokens than these: `linear` sums over fewer in another order.
-FEW_TOKENS = 16
+FEW_TOKENS = 32
 
 
 def unsupported(model: nn.Module) -> str | None:

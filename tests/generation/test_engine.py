@@ -66,7 +66,7 @@ def new_tokens(model, prompt: list[int], **settings) -> list[int]:
 
 def test_every_request_gets_the_tokens_that_generate_writes(any_model):
     """More rows than a step takes, few pages, short passes, prompts that share pages, arrivals while others run."""
-    engine = Engine(any_model, max_rows=20, pages=80, page_size=8, chunk=24)
+    engine = Engine(any_model, max_rows=20, pages=80, page_size=8, chunk=40)
     settings = [
         {"max_new_tokens": 1 + 3 * i % 17, "do_sample": bool(i % 3), "seed": i, "repetition_penalty": 1 + i % 2 / 5}
         for i in range(30)
@@ -96,7 +96,7 @@ def test_logits_are_the_same_bits_whatever_else_runs(any_model):
         return request, seen
 
     some = prompts(9)
-    together = Engine(any_model, max_rows=9, page_size=8, chunk=20)
+    together = Engine(any_model, max_rows=9, page_size=8, chunk=36)
     for _ in range(2):  # the second time from shared pages
         found = [logits(together, prompt)[1] for prompt in some]
         run(together)
@@ -112,12 +112,12 @@ def test_logits_are_the_same_bits_whatever_else_runs(any_model):
 
 def test_a_prompt_of_a_few_tokens_lends_no_pages(long_model):
     """It is read in a pass of a few rows, whose bits are others."""
-    prompt = prompts(1)[0][:40]
+    prompt = [*range(40), *range(24)]
     engine, options = Engine(long_model, page_size=8), {"max_new_tokens": 3, "eos_token_id": [], "logprobs": 9}
     alone = engine.add(prompt, **options)
     run(engine)
     engine = Engine(long_model, page_size=8)
-    short = engine.add(prompt[:16], **options)
+    short = engine.add(prompt[:32], **options)
     engine.step()
     after = engine.add(prompt, **options)
     engine.step()
@@ -135,10 +135,10 @@ def test_prompts_are_read_together(long_model, monkeypatch):
     settings = {"max_new_tokens": 5, "eos_token_id": []}
     requests = [engine_.add([1, 2], **settings)]
     engine_.step()
-    requests += [engine_.add([i] * n, **settings) for i, n in ((3, 20), (4, 16), (5, 33), (6, 1), (3, 31), (7, 17))]
+    requests += [engine_.add([i] * n, **settings) for i, n in ((3, 40), (4, 32), (5, 50), (6, 1), (3, 47), (7, 33))]
     engine_.step()
-    assert passes == [20 + 33, 31 - 8 + 17], "a page of the first is shared"
-    assert steps == [2, 1 + 16 + 1]
+    assert passes == [40 + 50, 47 - 8 + 33], "a page of the first is shared"
+    assert steps == [2, 1 + 32 + 1]
     run(engine_)
     for request in requests:
         assert request.tokens == new_tokens(long_model, request.prompt, **settings)
@@ -158,7 +158,7 @@ def test_tokens_come_as_they_are_written(long_model):
 
 
 def test_a_long_prompt_does_not_stall_the_others(long_model):
-    engine = Engine(long_model, chunk=20, page_size=8)
+    engine = Engine(long_model, chunk=36, page_size=8)
     short = engine.add([1, 2], max_new_tokens=60, eos_token_id=[])
     engine.step()
     long = engine.add(prompts(1)[0] + [3] * 60, max_new_tokens=2)
@@ -184,7 +184,7 @@ def test_first_come_first_served_in_the_rows_that_there_are(long_model):
 
 def test_requests_wait_for_pages_and_are_never_overtaken(long_model):
     engine = Engine(long_model, pages=10, page_size=8)
-    large = [engine.add([1] * 20, max_new_tokens=30, eos_token_id=[]) for _ in range(2)]  # 7 pages each, 1 is shared
+    large = [engine.add([1] * 44, max_new_tokens=10, eos_token_id=[]) for _ in range(2)]  # 7 pages each, 1 is shared
     small = engine.add([5], max_new_tokens=2, eos_token_id=[])
     engine.step()
     assert large[0].tokens and not large[1].tokens and not small.tokens
@@ -202,7 +202,7 @@ def test_prompts_that_begin_alike_share_pages_and_are_read_once(long_model):
     first = engine.add(common, max_new_tokens=20, eos_token_id=[])
     engine.step()
     used = engine.pages.count - engine.pages.free
-    second = engine.add([*common[:50], 7, *common[:17]], max_new_tokens=20, eos_token_id=[])
+    second = engine.add([*common[:50], 7, *common[:33]], max_new_tokens=20, eos_token_id=[])
     engine.step()
     # 6 pages are the same
     assert second.pages[:6] == first.pages[:6] and not set(second.pages[6:]) & set(first.pages)
@@ -219,7 +219,7 @@ def test_prompts_that_begin_alike_share_pages_and_are_read_once(long_model):
     finally:
         del engine.model.forward
     assert third.tokens == first.tokens[:1]
-    assert passes == [len(common) - 48], "what a request that is done has left"
+    assert passes == [len(common) - 32], "what a request that is done has left"
 
 
 def test_pages_that_are_needed_are_forgotten_the_longest_unused_first():
@@ -240,7 +240,7 @@ def test_pages_that_are_needed_are_forgotten_the_longest_unused_first():
 
 
 def test_a_cancelled_request_frees_its_pages_wherever_it_stands(long_model):
-    engine = Engine(long_model, max_rows=2, chunk=20, page_size=8)
+    engine = Engine(long_model, max_rows=2, chunk=36, page_size=8)
     kept = engine.add([1, 2, 3], max_new_tokens=40, eos_token_id=[])
     running = engine.add([3], max_new_tokens=40, eos_token_id=[])
     reading = engine.add([4] * 100, max_new_tokens=40)
@@ -352,7 +352,7 @@ def test_draws_without_a_seed_follow_torchs(long_model):
 
 
 def test_threads_add_iterate_and_cancel_at_once(long_model):
-    engine = Engine(long_model, max_rows=4, pages=40, page_size=8, chunk=20)
+    engine = Engine(long_model, max_rows=4, pages=40, page_size=8, chunk=36)
     settings = {"max_new_tokens": 12, "eos_token_id": []}
     expected = {tuple(prompt): new_tokens(long_model, prompt, **settings) for prompt in prompts(6)}
     errors = []
@@ -411,7 +411,7 @@ def test_ten_thousand_requests_leave_no_page_taken(monkeypatch):
     [
         ({"max_rows": 0}, ValueError, "max_rows must be a whole number of at least 1, got 0"),
         ({"max_queue": 1.5}, ValueError, "max_queue must be a whole number"),
-        ({"chunk": 16}, ValueError, "chunk must be a whole number of at least 17, got 16"),
+        ({"chunk": 32}, ValueError, "chunk must be a whole number of at least 33, got 32"),
         ({"memory": 10}, ValueError, "memory must hold a page of .* bytes or more"),
         ({"memory": 10, "pages": 3}, ValueError, "give one of them"),
     ],
