@@ -27,7 +27,7 @@ struct SkinnyArgs {
   const void* packed;  // what pack_x has made of x
   int64_t packed_row;
   Ahead next;    // is fetched at the end of a task
-  bool streams;  // whether one row reads a weight (cols, depth) from kStreams places in turn
+  bool streams;  // whether a weight is read, or fetched ahead, from kStreams places in turn
 };
 
 // For one dtype and instruction set. No function allocates, throws or starts threads. An element of the result is

@@ -10,15 +10,25 @@ namespace {
 
 constexpr int64_t kColumnDepth = 32;
 
-// Walks along runs of memory, part by part, to fetch them.
+// Fetches runs of memory that are read next, a line of each of kStreams places in turn, or from one place.
 struct RunWalk {
-  const char* p;
-  int64_t left, run, stride;  // bytes of this run that are still to come, of so many, and from one run to the next
-  void fetch(int64_t part) {
-    for (int64_t i = 0; i < part; i += 64) fetch_to_l2(p + i);
-    p += part;
-    left -= part;
-    if (left <= 0) p += stride - run + left, left = run;
+  const char* p = nullptr;
+  int64_t run = 0, stride = 0, apart = 0, left = 0;  // bytes of a run, to the next, to the next place; runs of a place
+  int64_t done = 0;                                  // of these bytes
+  bool streams = false;
+
+  RunWalk() = default;
+  RunWalk(const Ahead& runs, int64_t count, bool streams)
+      : p(runs.data), run(runs.run), stride(runs.stride), apart(count / kStreams * stride), streams(streams) {
+    if (p) left = streams ? count / kStreams : count;
+  }
+  // `times` kStreams lines
+  void fetch(int64_t times = 1) {
+    for (; times > 0 && left > 0; --times) {
+      for (int s = 0; s < kStreams; ++s) streams ? fetch_to_l1(p + s * apart + done) : fetch_to_l2(p + done + s * 64);
+      done += streams ? 64 : kStreams * 64;
+      if (done >= run) p += stride, done = 0, --left;
+    }
   }
 };
 
@@ -45,12 +55,11 @@ template <class M, int kRows, bool kFetch>
   const typename M::X* x = t.x;
   const typename M::Elem* w = t.w;
   const int64_t x_row = t.x_row, w_row = t.w_row;
-  constexpr int64_t kPart = kColumnVecs * kLanes * int64_t(sizeof(typename M::Elem));
+  constexpr int64_t kStep = M::kPack * kColumnVecs * kLanes * int64_t(sizeof(typename M::Elem));  // bytes
+  constexpr int64_t kEvery = kStreams * 64 / kStep * M::kPack;
   RunWalk walk = ahead;
-  for (int64_t k = t.depth; k > 0; k -= M::kPack) {
-    if constexpr (kFetch)
-#pragma GCC unroll 2
-      for (int d = 0; d < M::kPack; ++d) walk.fetch(kPart);
+  for (int64_t k = 0; k < t.depth; k += M::kPack) {
+    if (kFetch && k % kEvery == 0) walk.fetch();
     typename M::W wv[kColumnVecs];
     M::load_columns(w, w_row, wv);
 #pragma GCC unroll 8
@@ -152,11 +161,10 @@ void run_columns(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch
   for (int64_t i = 0; i < a.rows * ld; ++i) sums[i] = T(0);
   for (int64_t k = 0; k < a.depth; k += kColumnDepth) {
     const int64_t depth = a.depth - k < kColumnDepth ? a.depth - k : kColumnDepth;
-    // the next block of rows, each in one run
-    const int64_t size = sizeof(Elem), run = ld * size;
-    RunWalk ahead{reinterpret_cast<const char*>(weight + (k + kColumnDepth) * a.weight_row), run, run,
-                  a.weight_row * size};
-    if (k + kColumnDepth >= a.depth && a.next.data) ahead = {a.next.data, a.next.run, a.next.run, a.next.stride};
+    const int64_t size = sizeof(Elem), run = ld * size, later = k + kColumnDepth;
+    RunWalk ahead({reinterpret_cast<const char*>(weight + later * a.weight_row), run, a.weight_row * size},
+                  a.depth - later < kColumnDepth ? a.depth - later : kColumnDepth, a.streams);
+    if (later >= a.depth) ahead = RunWalk(a.next, kColumnDepth, a.streams);
     int64_t c = 0;
     if (a.rows == 1 && depth % 2 == 0 && cols >= kPanel) {
       const bool more = k + kColumnDepth < a.depth || !a.next.data;

@@ -25,26 +25,6 @@ inline RowGroup row_group(int64_t rows, int64_t group) {
 // Whether vectors do what tiles would.
 inline bool is_one_row(const SkinnyArgs& a) { return a.rows == 1 && a.depth > 0 && a.transposed && !is_in_parts(a); }
 
-// Fetches rows that are read next, from kStreams places in turn, in the order of memory at each.
-struct PanelWalk {
-  const char* p = nullptr;
-  int64_t run, stride, apart, left = 0;  // bytes of a row, to the next one, and to the next place; rows of a place
-  int64_t done = 0;                      // of these rows
-
-  PanelWalk() = default;
-  PanelWalk(const Ahead& rows, int64_t count)
-      : p(rows.data), run(rows.run), stride(rows.stride), apart(count / kStreams * stride) {
-    if (p) left = count / kStreams;
-  }
-  void fetch(int64_t lines) {
-    for (; lines > 0 && left > 0; --lines) {
-      for (int s = 0; s < kStreams; ++s) fetch_to_l1(p + s * apart + done);
-      done += 64;
-      if (done >= run) p += stride, done = 0, --left;
-    }
-  }
-};
-
 // sums (rows, 32) = or += x (rows, kTileK) times a panel, two tiles one behind the other
 template <bool kLower>
 void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const char* panel, bool zero, float* sums,
@@ -86,7 +66,7 @@ void multiply_columns(const RowGroup& g, const uint16_t* x, int64_t x_row, const
 
 // panel (2, 16, 32): kTileK rows of 32 columns, two rows at a time interleaved as SkinnyBf16::load_columns does it;
 // fetches as much as it reads.
-inline void interleave_panel(const uint16_t* w, int64_t w_row, int64_t depth, int64_t cols, PanelWalk& ahead,
+inline void interleave_panel(const uint16_t* w, int64_t w_row, int64_t depth, int64_t cols, RunWalk& ahead,
                              char* panel) {
   const __mmask32 mask = cols >= kTilePanel ? ~0u : (1u << cols) - 1;
   for (int64_t d = 0; d < kTileK; d += 2, panel += 64) {
@@ -111,11 +91,11 @@ inline void join_columns(const float* part, int64_t cols, bool add, float* out) 
 }
 
 // Some kTileK rows of the weight that a task on `cols` columns reads from row k on, or that come after it
-inline PanelWalk rows_after(const SkinnyArgs& a, int64_t first, int64_t cols, int64_t k) {
-  if (k >= a.depth) return PanelWalk(a.next, kTileK);
+inline RunWalk rows_after(const SkinnyArgs& a, int64_t first, int64_t cols, int64_t k) {
+  if (k >= a.depth) return RunWalk(a.next, kTileK, a.streams);
   const uint16_t* rows = static_cast<const uint16_t*>(a.weight) + k * a.weight_row + first;
-  return PanelWalk({reinterpret_cast<const char*>(rows), cols * 2, a.weight_row * 2},
-                   a.depth - k < kTileK ? a.depth - k : kTileK);
+  return RunWalk({reinterpret_cast<const char*>(rows), cols * 2, a.weight_row * 2},
+                 a.depth - k < kTileK ? a.depth - k : kTileK, a.streams);
 }
 
 // All columns take kTileK rows of the weight in turn: these lie pages apart, and the TLB holds few pages.
@@ -133,7 +113,7 @@ inline void run_tile_columns(const SkinnyArgs& a, int64_t first, int64_t cols, v
   for (int64_t k = 0, later = kTileK; k < a.depth; k = later, later += kTileK) {
     const int64_t depth = a.depth - k < kTileK ? a.depth - k : kTileK;
     const bool begins = k % sum_depth == 0, ends = later >= a.depth || later % sum_depth == 0;
-    PanelWalk ahead = rows_after(a, first, cols, later);
+    RunWalk ahead = rows_after(a, first, cols, later);
     for (int64_t from = 0; from < ld; from += at_once) {
       for (int64_t c = from; c < from + at_once; c += kTilePanel)
         interleave_panel(weight + k * a.weight_row + c, a.weight_row, depth, cols - c, ahead,
@@ -171,7 +151,7 @@ inline void run_one_row(const SkinnyArgs& a, int64_t first, int64_t cols, void* 
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first;
   const uint16_t* x = static_cast<const uint16_t*>(a.packed);
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
-  PanelWalk ahead;
+  RunWalk ahead;
   for (int64_t k = 0; k < a.depth; k += kRows) {
     const bool begins = k % kTileK == 0, ends = (k + kRows) % kTileK == 0 || k + kRows >= a.depth,
                is_first = k < kTileK;
@@ -271,7 +251,7 @@ inline void configure_rows(const RowGroup& g) {
 
 // sums (kTiles, 16, 16): of tiles of 16 rows of the weight
 template <int kTiles>
-void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_bytes, int64_t steps, PanelWalk ahead,
+void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_bytes, int64_t steps, RunWalk ahead,
                    float* sums) {
   const int64_t tile = 16 * w_bytes;
   _tile_zero(0);
@@ -312,7 +292,7 @@ void multiply_rows(const char* w, int64_t w_bytes, const char* x, int64_t x_byte
 
 // sums (kTiles, 2, 16, 16): the same with two tiles of x, which alternate
 template <int kTiles>
-void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t steps, PanelWalk ahead, float* sums) {
+void multiply_rows_twice(const char* w, int64_t w_bytes, const char* x, int64_t steps, RunWalk ahead, float* sums) {
   const int64_t tile = 16 * w_bytes;
   _tile_zero(0);
   _tile_zero(1);
@@ -377,9 +357,9 @@ inline void run_tile_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void
     if (!is_whole) pad_rows(a, weight + c * a.weight_row, cols - c < 16 ? cols - c : 16, padded), w = padded;
     const int64_t w_bytes = is_whole ? a.weight_row * 2 : padded_row(a);
     const int64_t later = c + 16 * tiles;
-    PanelWalk ahead({reinterpret_cast<const char*>(weight + later * a.weight_row), a.depth * 2, a.weight_row * 2},
-                    cols - later < 16 * tiles ? cols - later : 16 * tiles);
-    if (later >= cols) ahead = PanelWalk(a.next, 16 * tiles);
+    RunWalk ahead({reinterpret_cast<const char*>(weight + later * a.weight_row), a.depth * 2, a.weight_row * 2},
+                  cols - later < 16 * tiles ? cols - later : 16 * tiles, a.streams);
+    if (later >= cols) ahead = RunWalk(a.next, 16 * tiles, a.streams);
     for (int64_t i = 0; i < groups; ++i, ahead = {}) {
       const RowGroup g = row_group(a.rows, i);
       if (groups > 1 || c == 0) configure_rows(g);
