@@ -211,6 +211,12 @@ void multiply_tiles(const GemmArgs<MathBf16>& g, int64_t row, int64_t col, const
     if constexpr (kRowTiles == 2 && kVecs == 2) _tile_loadd(3, lower + kTileSide, c_bytes);
   }
   for (int64_t k = 0; k < g.depth; k += kTileSide) {
+    // into the L1 cache: who shares the tile unit with another thread has it only while tiles are at hand
+    const uint32_t* next = b + kTileSide * g.b_depth;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileSide; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(next + i * g.b_depth + v * kTileSide);
     _tile_loadd(6, b, b_bytes);
     _tile_loadd(4, a, a_bytes);
     if constexpr (kVecs == 2) _tile_loadd(7, b + kTileSide, b_bytes);
