@@ -192,12 +192,21 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
   const T factor = T(exponent_factor(a));
   const int64_t first_key = j0 + span.begin;
   T top[kRowVecs] = {}, m[kRowVecs] = {}, correction[kRowVecs], shift[kRowVecs];
+  bool first = true;  // block that any of the rows sees something of
   for (int64_t r = 0; r < n; ++r) {
     finish_scores<T>(a, head, rows[r], first_key, width, w.s + r * kFwdKeys, nullptr);
     top[r] = row_max(w.s + r * kFwdKeys, width);
     m[r] = w.m[r0 + r];
+    first &= m[r] == -std::numeric_limits<T>::infinity();
   }
-  update_maxima(top, factor, n, m, correction, shift);
+  if (first) {
+    for (int64_t r = 0; r < n; ++r) {
+      m[r] = top[r] * factor, correction[r] = 0;
+      shift[r] = m[r] < std::numeric_limits<T>::lowest() ? T(0) : -m[r];
+    }
+  } else {
+    update_maxima(top, factor, n, m, correction, shift);
+  }
   for (int64_t r = 0; r < n; ++r) {
     ahead.step(a);
     T* s = w.s + r * kFwdKeys;
@@ -223,9 +232,20 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
     p = w.p;
   else
     p = w.s;
-  gemm<M, Start::scale_and_add>({p, kFwdKeys / M::kPack, 1, w.v + span.begin / M::kPack * w.o_ld, w.o_ld, kPanel,
-                                 w.o + r0 * w.o_ld, w.o_ld, width / M::kPack, correction},
-                                n, w.o_ld / M::V::kLanes);
+  const GemmArgs<M> sum = {p,
+                           kFwdKeys / M::kPack,
+                           1,
+                           w.v + span.begin / M::kPack * w.o_ld,
+                           w.o_ld,
+                           kPanel,
+                           w.o + r0 * w.o_ld,
+                           w.o_ld,
+                           width / M::kPack,
+                           correction};
+  if (first)
+    gemm<M, Start::zero>(sum, n, w.o_ld / M::V::kLanes);
+  else
+    gemm<M, Start::scale_and_add>(sum, n, w.o_ld / M::V::kLanes);
 }
 
 template <class M>

@@ -105,6 +105,18 @@ void apply_mask(const AttentionArgs& a, const KeyHead& head, const Row& row, int
   }
 }
 
+// s (n,), in whole vectors: -inf outside [lo, hi).
+template <class T>
+void hide_outside(int64_t lo, int64_t hi, int64_t n, T* s) {
+  using V = Vec<T>;
+  static constexpr T kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const V lane = V::load(kNumbers), hidden = V::set1(-std::numeric_limits<T>::infinity());
+  for (int64_t j = 0; j < lo; j += V::kLanes)
+    select_less(lane, V::set1(T(lo - j)), hidden, V::load(s + j)).store(s + j);
+  for (int64_t j = hi / V::kLanes * V::kLanes; j < n; j += V::kLanes)
+    select_less(lane, V::set1(T(hi - j)), V::load(s + j), hidden).store(s + j);
+}
+
 // s (n,): q . k of keys j0 .. j0 + n of one row, replaced by what the softmax sees, up to exponent_factor.
 // capped (n,) or null: receives the derivative of the soft cap.
 template <class T>
@@ -132,10 +144,7 @@ void finish_scores(const AttentionArgs& a, const KeyHead& head, const Row& row, 
     if (a.bias.data) add_bias(a, head, row, j0, valid, s);
     if (a.mask.data) apply_mask(a, head, row, j0, valid, s);
   }
-  const T hidden = -std::numeric_limits<T>::infinity();
-  const int64_t lo = row.lo - j0 < n ? row.lo - j0 : n, hi = row.hi - j0 > 0 ? row.hi - j0 : 0;
-  for (int64_t j = 0; j < lo; ++j) s[j] = hidden;
-  for (int64_t j = hi; j < n; ++j) s[j] = hidden;
+  hide_outside(row.lo - j0 < n ? row.lo - j0 : n, row.hi - j0 > 0 ? row.hi - j0 : 0, n, s);
 }
 
 // Dropout keeps the weights whose word is not below this.
