@@ -12,6 +12,7 @@
 #include "attention_tiles_body.h"
 #include "attention_split_body.h"
 #include "attention_bwd_body.h"
+#include "attention_short_body.h"
 #include "attention_bwd_tiles_body.h"
 
 namespace lmk {
@@ -21,14 +22,17 @@ namespace {
 // A bfloat16 task goes by tiles where it can.
 template <class M>
 int64_t fwd_scratch_of(const AttentionArgs& a) {
+  const int64_t short_bytes = ShortScratch<typename M::Acc>(a, nullptr).bytes;
+  const auto most = [](int64_t x, int64_t y) { return x > y ? x : y; };
 #if LMK_TILES
   if constexpr (kByTiles<M>)
-    if (goes_by_tiles(a)) return FwdTiles(a, nullptr).bytes;
+    if (goes_by_tiles(a)) return most(FwdTiles(a, nullptr).bytes, short_bytes);
 #endif
-  return fwd_scratch<M>(a);
+  return most(fwd_scratch<M>(a), short_bytes);
 }
 template <class M>
 void fwd_of(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+  if (is_short<M>(a, task.sequence)) return fwd_short<typename M::Acc>(a, task, next, scratch);
 #if LMK_TILES
   if constexpr (kByTiles<M>)
     if (goes_by_tiles(a)) return fwd_by_tiles(a, task, next, scratch);
@@ -37,14 +41,17 @@ void fwd_of(const AttentionArgs& a, const AttentionTask& task, const AttentionTa
 }
 template <class M>
 int64_t bwd_scratch_of(const AttentionArgs& a) {
+  const int64_t short_bytes = ShortScratch<typename M::Acc>(a, nullptr).bytes;
+  const auto most = [](int64_t x, int64_t y) { return x > y ? x : y; };
 #if LMK_TILES
   if constexpr (kByTiles<M>)
-    if (goes_by_tiles(a)) return bwd_tiles_scratch(a);
+    if (goes_by_tiles(a)) return most(bwd_tiles_scratch(a), short_bytes);
 #endif
-  return bwd_scratch<M>(a);
+  return most(bwd_scratch<M>(a), short_bytes);
 }
 template <class M>
 void bwd_of(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+  if (is_short<M>(a, task.sequence)) return bwd_short<typename M::Acc>(a, task, next, scratch);
 #if LMK_TILES
   if constexpr (kByTiles<M>)
     if (goes_by_tiles(a)) return bwd_by_tiles(a, task, next, scratch);

@@ -104,13 +104,14 @@ void finish_rows(const AttentionArgs& a, const KeyHead& head, const Row* rows, i
     const bool seen = m[r] != -inf;
     top[r] = m[r];
     sum[r] = seen ? l[r] : T(1);
-    T scale = seen ? T(1) : T(0);
-    if (a.sink && seen) {
-      const T sink = reinterpret_cast<const T*>(a.sink)[rows[r].h];
-      top[r] = sink > m[r] ? sink : m[r];
-      scale = exp_one(m[r] - top[r]);
-      sum[r] = l[r] * scale + exp_one(sink - top[r]);
-    }
+    inverse[r] = seen ? T(1) / sum[r] : T(0);
+  }
+  for (int64_t r = 0; a.sink && r < n; ++r) {
+    if (m[r] == -inf) continue;
+    const T sink = reinterpret_cast<const T*>(a.sink)[rows[r].h];
+    top[r] = sink > m[r] ? sink : m[r];
+    const T scale = exp_one(m[r] - top[r]);
+    sum[r] = l[r] * scale + exp_one(sink - top[r]);
     inverse[r] = scale / sum[r];
   }
   log_row(sum, n, log);
@@ -232,16 +233,9 @@ void fwd_group(const AttentionArgs& a, const KeyHead& head, const FwdScratch<M>&
     p = w.p;
   else
     p = w.s;
-  const GemmArgs<M> sum = {p,
-                           kFwdKeys / M::kPack,
-                           1,
-                           w.v + span.begin / M::kPack * w.o_ld,
-                           w.o_ld,
-                           kPanel,
-                           w.o + r0 * w.o_ld,
-                           w.o_ld,
-                           width / M::kPack,
-                           correction};
+  const GemmArgs<M> sum = {
+      p,      kFwdKeys / M::kPack, 1,         w.v + span.begin / M::kPack * w.o_ld, w.o_ld, kPanel, w.o + r0 * w.o_ld,
+      w.o_ld, width / M::kPack,    correction};
   if (first)
     gemm<M, Start::zero>(sum, n, w.o_ld / M::V::kLanes);
   else

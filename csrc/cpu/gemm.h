@@ -150,8 +150,9 @@ template <class M, Start kStart, int kRows, int kVecs>
 
 template <class M, Start kStart, int kVecs>
 void gemm_panel(const GemmArgs<M>& g, int64_t rows, int64_t col, const typename M::Elem* b) {
+  constexpr int kMost = kVecs == 1 ? 8 : kTileRows;  // two units of four cycles have eight sums under way
   int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) gemm_tile<M, kStart, kTileRows, kVecs>(g, row, col, b);
+  for (; row + kMost <= rows; row += kMost) gemm_tile<M, kStart, kMost, kVecs>(g, row, col, b);
   switch (rows - row) {
     case 1:
       return gemm_tile<M, kStart, 1, kVecs>(g, row, col, b);
@@ -163,6 +164,10 @@ void gemm_panel(const GemmArgs<M>& g, int64_t rows, int64_t col, const typename 
       return gemm_tile<M, kStart, 4, kVecs>(g, row, col, b);
     case 5:
       return gemm_tile<M, kStart, 5, kVecs>(g, row, col, b);
+  }
+  if constexpr (kMost == 8) {
+    if (rows - row == 6) return gemm_tile<M, kStart, 6, kVecs>(g, row, col, b);
+    if (rows - row == 7) return gemm_tile<M, kStart, 7, kVecs>(g, row, col, b);
   }
 }
 
