@@ -87,8 +87,8 @@ const int32_t* int32_data(const OptionalTensor& x, int64_t numel) {
 // most_q, most_k: the longest sequences.
 lmk::AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o,
                                   int64_t sequences, int64_t most_q, int64_t most_k) {
-  for (const Tensor* x : {&q, &k, &v})
-    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must have one dtype");
+  const ScalarType type = q.scalar_type();
+  STD_TORCH_CHECK(k.scalar_type() == type && v.scalar_type() == type, "q, k and v must have one dtype");
   const int64_t seq = q.dim() - 3, head = seq + 1, last = seq + 2;  // axes
   lmk::AttentionArgs a{};
   a.dtype = dtype_of(q);

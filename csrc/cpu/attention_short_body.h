@@ -137,7 +137,7 @@ void fwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
       for (int64_t j = 0; j < head.keys; ++j) {
         const V x = band.hide(V::load(s + j * kLd), r, j);
         x.store(s + j * kLd);
-        top = max(top, x);
+        top = max(x, top);  // passes over NaN
       }
       top = top * factor;
       const V shift = select_less(top, lowest, V::zero(), V::zero() - top);  // -inf must not meet -inf
@@ -147,7 +147,7 @@ void fwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
         sum = sum + p;
         ahead.step(a);
       }
-      top.store(m + r);
+      (top + (sum - sum)).store(m + r);  // NaN where the sum is
       sum.store(l + r);
     }
     for (int64_t r = 0; r < n; r += kRowVecs)

@@ -116,7 +116,7 @@ Tensor new_tensor(const Tensor& like, IntHeaderOnlyArrayRef sizes, std::optional
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0; stride *= std::max<int64_t>(1, sizes[axis])) strides[axis] = stride;
-  const ScalarType type = dtype.value_or(like.scalar_type());
+  const ScalarType type = dtype ? *dtype : like.scalar_type();
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                                   torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),

@@ -88,7 +88,7 @@ def attention(
     softcap = check_softcap(softcap)
     dropout_p = check_dropout(dropout_p, seed)
     module = _dispatch.choose("attention", BACKENDS, backend, q, k, v)
-    seed = seed_tensor(dropout_p, seed, q.device)
+    seed = seed_tensor(dropout_p, seed, q)
     features = (*options, seed, left, right, s_k - s_q, scale, softcap, dropout_p)
     out, lse = run(module, q, k, v, features, deterministic)
     return (out, lse) if return_lse else out
@@ -170,7 +170,7 @@ def scaled_dot_product_attention(
             bias = check_same_or_wider("attn_mask", check_broadcast("attn_mask", scores, b, h, s_q, s_k), q)
     dropout_p = check_dropout(dropout_p, None)
     module = _dispatch.choose("scaled_dot_product_attention", BACKENDS, None, q, k, v)
-    seed = seed_tensor(dropout_p, None, q.device)
+    seed = seed_tensor(dropout_p, None, q)
     band = (-1, 0 if is_causal else -1, 0)  # left, right, offset
     features = (mask, bias, None, None, None, seed, *band, check_scale(scale, d), 0.0, dropout_p)
     out, _ = run(module, q, k, v, features, deterministic=False)

@@ -23,39 +23,43 @@ def run(module, q: Tensor, k: Tensor, v: Tensor, features: Features, determinist
         capture.record(reference.weights, q, k, *features)
     if module is reference or not needs_gradient(q, k, v, *features[1:4]):
         return module.forward(q, k, v, *features)
-    return _Attention.apply(module.__name__.rpartition(".")[2], deterministic, q, k, v, *features)
+    return _Attention.apply((module.__name__.rpartition(".")[2], deterministic, features[6:]), q, k, v, *features[:6])
 
 
 def gradient_of(backends: dict[str, ModuleType], n_tensors: int) -> type[torch.autograd.Function]:
-    """The function of (backend's name, deterministic, q, k, v, *features) whose features begin with so many tensors."""
+    """The function of ((backend's name, deterministic, numbers), q, k, v, *tensors).
+
+    The tensors, n_tensors of them, and the numbers are a backend's features. Autograd takes time for each argument.
+    """
 
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, name, deterministic, q, k, v, *features):
-            out, lse = backends[name].forward(q, k, v, *features)
+        def forward(ctx, call, q, k, v, *tensors):
+            name, _, numbers = ctx.call = call
+            out, lse = backends[name].forward(q, k, v, *tensors, *numbers)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(q, k, v, out, lse, *features[:n_tensors])
-            ctx.name, ctx.deterministic, ctx.numbers = name, deterministic, features[n_tensors:]
+            ctx.save_for_backward(q, k, v, out, lse, *tensors)
             return out, lse
 
         @staticmethod
         def backward(ctx, dout, dlse):
-            needs = ctx.needs_input_grad[6:9]  # bias, alibi_slopes, sink
-            q, k, v, out, lse, *features = ctx.saved_tensors
+            needs = ctx.needs_input_grad[5:8]  # bias, alibi_slopes, sink
+            name, deterministic, numbers = ctx.call
+            q, k, v, out, lse, *tensors = ctx.saved_tensors
             if torch.is_grad_enabled():
                 gradients = reference_gradients(
-                    lambda *tensors: backends["reference"].forward(*tensors, *ctx.numbers),
-                    (q, k, v, *features),
-                    ctx.needs_input_grad[2 : 5 + n_tensors],
+                    lambda *inputs: backends["reference"].forward(*inputs, *numbers),
+                    (q, k, v, *tensors),
+                    ctx.needs_input_grad[1:],
                     (dout, dlse),
                 )
             else:
-                dq, dk, dv, *optional = backends[ctx.name].backward(
-                    dout, dlse, q, k, v, out, lse, *features, *ctx.numbers, *needs, ctx.deterministic
+                dq, dk, dv, *optional = backends[name].backward(
+                    dout, dlse, q, k, v, out, lse, *tensors, *numbers, *needs, deterministic
                 )
                 dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
                 gradients = dq, dk, dv, None, dbias, dslopes, dsink, *(None,) * (n_tensors - 4)
-            return None, None, *gradients, *(None,) * len(ctx.numbers)
+            return None, *gradients
 
     return Attention
 

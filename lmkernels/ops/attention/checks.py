@@ -152,13 +152,13 @@ def check_dropout(dropout_p: float, seed: int | Tensor | None) -> float:
     return float(dropout_p)
 
 
-def seed_tensor(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed as a () int64 tensor, drawn from torch's generator where none is given; None when nothing is dropped."""
+def seed_tensor(dropout_p: float, seed: int | Tensor | None, q: Tensor) -> Tensor | None:
+    """The seed as a () int64 tensor beside q, drawn from torch's generator if none is given; None without dropout."""
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
-    return seed.to(device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+        return torch.randint(2**62, (), dtype=torch.int64, device=q.device)
+    return seed.to(q.device) if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=q.device)
 
 
 def check_broadcast(name: str, x: Tensor, b: int, h: int, s_q: int, s_k: int, lengths=("s_q", "s_k")) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 from ... import _library
 
 MAX_HEAD_DIM = 256
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _FEATURES = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? kv_lengths, Tensor? seed, "
@@ -64,12 +63,11 @@ def _(
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Every dtype that attention takes is supported."""
     if _library.native_error is not None:
         return _library.native_error
     if not q.is_cpu:
         return f"the compiled library has no kernel for device {q.device.type!r}"
-    if q.dtype not in _DTYPES:
-        return f"dtype {q.dtype} is not one of float32, bfloat16, float16, float64"
     if q.shape[-1] > MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM:
         return f"head sizes go up to {MAX_HEAD_DIM}, got {q.size(-1)} and {v.size(-1)}"
     return None

@@ -113,7 +113,7 @@ def attention_varlen(
     softcap = check_softcap(softcap)
     dropout_p = check_dropout(dropout_p, seed)
     module = _dispatch.choose("attention_varlen", BACKENDS, backend, q, k, v)
-    seed = seed_tensor(dropout_p, seed, q.device)
+    seed = seed_tensor(dropout_p, seed, q)
     features = (
         *options,
         seed,
@@ -132,7 +132,8 @@ def attention_varlen(
     if module is reference or not needs_gradient(q, k, v, *options[1:4]):
         out, lse = module.forward(q, k, v, *features)
     else:
-        out, lse = _Attention.apply(module.__name__.rpartition(".")[2], deterministic, q, k, v, *features)
+        call = module.__name__.rpartition(".")[2], deterministic, features[8:]
+        out, lse = _Attention.apply(call, q, k, v, *features[:8])
     return (out, lse) if return_lse else out
 
 
