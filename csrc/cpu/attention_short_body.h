@@ -162,7 +162,8 @@ void fwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
   }
 }
 
-// The gradients of attention_bwd_body.h. delta is the sum of P * dP over the keys, which is that of dout * out.
+// The gradients of attention_bwd_body.h. delta, the sum of dout * out, is that of P * dP over the keys, divided by the
+// sum of all weights, which is 1 but for the rounding of lse.
 template <class T>
 void bwd_short(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   using V = Vec<T>;
@@ -188,28 +189,30 @@ void bwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
     const ShortRows<const T> dout = w.rows(a, a.dout, query_row(a, a.dout, head, rows[0]), n, a.head_dim_v, w.dout);
     w.scores(k, head.keys, q, n, a.head_dim, w.q_columns, w.s);
     w.scores(v, head.keys, dout, n, a.head_dim_v, w.dout_columns, w.dp);
-    T lse[kShort + V::kLanes] = {}, delta[kShort + V::kLanes] = {};
+    const T sink = a.sink ? reinterpret_cast<const T*>(a.sink)[rows[0].h] : T(0);
+    T lse[kShort + V::kLanes] = {}, dlse[kShort + V::kLanes] = {}, delta[kShort + V::kLanes];
     for (int64_t r = 0; r < n; ++r) {
       lse[r] = lse_of<T>(a, head, rows[r]);
-      if (a.dlse) delta[r] = -static_cast<const T*>(a.dlse)[lse_number(a, head, rows[r])];
+      if (a.dlse) dlse[r] = static_cast<const T*>(a.dlse)[lse_number(a, head, rows[r])];
     }
     for (int64_t r = 0; r < n; r += V::kLanes) {
       T *const s = w.s + r, *const dp = w.dp + r;
       const V shift = V::zero() - V::load(lse + r);
-      V sum = V::load(delta + r);
+      V sum = V::zero(), all = a.sink ? exp(V::set1(sink) + shift) : V::zero();
       for (int64_t j = 0; j < head.keys; ++j) {
         const V p = exp(fma(band.hide(V::load(s + j * kLd), r, j), factor, shift));
         p.store(s + j * kLd);
+        all = all + p;
         sum = fma(p, V::load(dp + j * kLd), sum);
         ahead.step(a);
       }
+      sum = sum / max(V::set1(T(1e-30)), all) - V::load(dlse + r);
       sum.store(delta + r);
       for (int64_t j = 0; j < head.keys; ++j)
         (V::load(s + j * kLd) * (V::load(dp + j * kLd) - sum) * factor).store(dp + j * kLd);
     }
     if (a.dsink_partial) {
       double& dsink = a.dsink_partial[head.b * a.heads + rows[0].h];
-      const T sink = reinterpret_cast<const T*>(a.sink)[rows[0].h];
       dsink = 0;
       for (int64_t r = 0; r < n; ++r) dsink -= exp_one(sink - lse[r]) * delta[r];
     }
