@@ -146,8 +146,8 @@ inline void run_one_row(const SkinnyArgs& a, int64_t first, int64_t cols, void* 
   using V = Vec<float>;
   constexpr int64_t kRows = 4;
   const int64_t ld = round_up(cols, kTilePanel);
-  float *sums = static_cast<float*>(scratch), *even_part = sums + ld,
-        *odd_part = even_part + ld;  // by place in the depth
+  float* sums = static_cast<float*>(scratch);
+  float *even_part = sums + ld, *odd_part = even_part + ld;  // of even and of odd places in the depth
   const uint16_t* weight = static_cast<const uint16_t*>(a.weight) + first;
   const uint16_t* x = static_cast<const uint16_t*>(a.packed);
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
