@@ -7,14 +7,15 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-constexpr int64_t kShort = 64;  // most queries and keys
+constexpr int64_t kShort = 64;  // most queries or keys
 
-// Products of bfloat16 are so much faster than those of float that packing pays sooner.
+// Products of bfloat16 are so much faster than those of float that packing pays sooner. No more queries than generation
+// reads in a step: longer prompts come in parts of more, and their bits must not depend on how they are parted.
 template <class M>
 bool is_short(const AttentionArgs& a, int64_t sequence) {
-  constexpr int64_t kMost = M::kPack == 2 ? 16 : kShort;
+  constexpr int64_t kQueries = M::kPack == 2 ? 16 : 32, kKeys = M::kPack == 2 ? 16 : kShort;
   const Sequence& s = a.sequence[sequence];
-  return s.seq_q > 0 && s.seq_q <= kMost && s.seq_k <= kMost && !has_features(a) && a.dropout_p == 0;
+  return s.seq_q > 0 && s.seq_q <= kQueries && s.seq_k <= kKeys && !has_features(a) && a.dropout_p == 0;
 }
 
 // Rows of the accumulator's type T.
