@@ -19,7 +19,7 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
-// A bfloat16 task goes by tiles where it can.
+// Short sequences have a way of their own; other tasks of bfloat16 go by tiles where they can.
 template <class M>
 int64_t fwd_scratch_of(const AttentionArgs& a) {
   const int64_t short_bytes = ShortScratch<typename M::Acc>(a, nullptr).bytes;

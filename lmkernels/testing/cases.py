@@ -202,7 +202,7 @@ _SHAPES = [
         sink=True,
         kv_lengths=(13, 0, 4),
     ),
-    AttentionCase("a short sequence, window", 2, 2, 64, 50, 24, h_kv=1, window=(20, -1), causal=True),
+    AttentionCase("a short sequence, window", 2, 2, 32, 50, 24, h_kv=1, window=(20, -1), causal=True),
     AttentionCase("one token short of a tile, (b, h, s, d)", 2, 2, 63, 63, 64, layout="bhsd"),
     AttentionCase("one token past a tile, padded", 1, 2, 257, 257, 32, layout="padded"),
     AttentionCase("odd lengths", 1, 2, 113, 203, 64),
