@@ -25,6 +25,7 @@ struct LinearArgs {
   int64_t rows, cols, depth;
   Matrix a, b;  // (rows, depth) and (depth, cols)
   DType compute;
+  int64_t parts = 3;  // of linear_kernels
   Epilogue end;
   HeadSplit split;  // in place of end.out where split.q is not null; then without activation and residual
   int64_t rows_per_task, cols_per_task;
@@ -68,6 +69,8 @@ struct LinearKernels {
 
 constexpr int64_t kActivationRows = 64, kActivationCols = 1024;
 
-const LinearKernels& linear_kernels(DType compute);
+// parts: the bfloat16 whose sum a factor in float32 may be rounded to, 1 to 3; 3 round nothing. Kernels that do not
+// multiply it in parts take it as it is.
+const LinearKernels& linear_kernels(DType compute, int64_t parts = 3);
 
 }  // namespace lmk

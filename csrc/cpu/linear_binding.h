@@ -46,7 +46,7 @@ void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_
 
 void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
   if (a.rows == 0 || a.cols == 0) return;
-  const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute);
+  const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute, a.parts);
   choose_blocks(a, kernels, col_unit);
   const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
@@ -70,8 +70,9 @@ void check_weight(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                     "bias must be (out,)");
 }
 
-lmk::LinearArgs product_args(const Tensor& x, const Tensor& weight) {
+lmk::LinearArgs product_args(const Tensor& x, const Tensor& weight, int64_t parts) {
   lmk::LinearArgs a{};
+  a.parts = parts;
   a.rows = x.size(0), a.cols = weight.size(0), a.depth = x.size(1);
   a.a = lines_of(x, 0), a.b = lines_of(weight, 0);
   a.compute = dtype_of(x);
@@ -91,10 +92,10 @@ bool is_skinny(const Tensor& x, const Tensor& weight) {
 // gate, out = activation(gate) * (x weight^T + bias) + residual.
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias,
                                       const OptionalTensor& residual_, const OptionalTensor& gate, int64_t activation,
-                                      bool need_pre) {
+                                      bool need_pre, int64_t parts) {
   check_weight(x_, weight_, bias);
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
-  lmk::LinearArgs a = product_args(x, weight);
+  lmk::LinearArgs a = product_args(x, weight, parts);
   const OptionalTensor residual = residual_ ? OptionalTensor(dense_rows(*residual_)) : residual_;
   for (const OptionalTensor* y : {&residual, &gate})
     if (*y)
@@ -140,12 +141,12 @@ void run_activation(lmk::ActivationArgs& a, const Tensor& dbias) {
 
 // The gradients of x and weight for out = x weight^T, whose gradient is dout.
 std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight, bool need_dx,
-                                             bool need_dweight) {
+                                             bool need_dweight, int64_t parts) {
   const int64_t rows = x.size(0), depth = x.size(1), cols = weight.size(0);
   Tensor dx = new_tensor(x, {need_dx ? rows : 0, need_dx ? depth : 0});
   Tensor dweight = new_tensor(weight, {0, 0});
   lmk::LinearArgs a{};
-  a.compute = dtype_of(x);
+  a.compute = dtype_of(x), a.parts = parts;
   if (need_dx) {
     a.rows = rows, a.cols = depth, a.depth = cols;
     a.a = lines_of(dout, 0), a.b = lines_of(weight, 1);
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x
 // dx, dweight, dbias; those not needed are empty. pre is what the activation was applied to.
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& x_, const Tensor& weight_,
                                               const OptionalTensor& pre, int64_t activation, bool need_dx,
-                                              bool need_dweight, bool need_dbias) {
+                                              bool need_dweight, bool need_dbias, int64_t parts) {
   check_weight(x_, weight_, {});
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
   Tensor dout = dense_rows(dout_);
@@ -195,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor&
     run_activation(p, dbias);
     if (active) dout = dpre;
   }
-  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight);
+  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight, parts);
   return {dx, dweight, dbias};
 }
 

@@ -235,17 +235,19 @@ constexpr LinearKernels linear_of(int64_t packed_bytes, int64_t most_depth = kMa
           move_row<T, true>};
 }
 
+// Where there are tiles, of so many parts to an element.
+template <int kParts>
 constexpr LinearKernels linear_of_float() {
 #if LMK_TILES
-  return linear_of<MathSplit>(2 * kSplitParts, kSplitDepth);
+  return linear_of<MathSplit<kParts>>(2 * kParts, kSplitDepth);
 #else
   return linear_of<MathFma<float>>(sizeof(float));
 #endif
 }
 
 // One row per DType, in its order.
-constexpr LinearKernels kLinear[] = {linear_of_float(), linear_of<MathForBf16>(LMK_BF16_DOT ? 2 : 4), linear_of_float(),
-                                     linear_of<MathFma<double>>(sizeof(double))};
+constexpr LinearKernels kLinear[] = {linear_of_float<3>(), linear_of<MathForBf16>(LMK_BF16_DOT ? 2 : 4),
+                                     linear_of_float<2>(), linear_of<MathFma<double>>(sizeof(double))};
 
 }  // namespace
 }  // namespace LMK_NS

@@ -1,7 +1,13 @@
-// Large matrix products of float32 by tiles of bfloat16 (AMX): an element is the sum of three bfloat16 of 8 bits each,
-// exactly, and the six largest of the nine products of two such sums are added up. What is left out is below 2^-23 of
-// a product. The five small ones come first, so that the sum is rounded at its full size as often as a plain one:
-// errors are smaller than those of fused multiply-adds. Included by matmul.h.
+// Large matrix products of float32 by tiles of bfloat16 (AMX).
+//
+// Three parts: an element is the sum of three bfloat16 of 8 bits each, exactly, and the six largest of the nine
+// products of two such sums are added up. What is left out is below 2^-23 of a product. The five small ones come first,
+// so that the sum is rounded at its full size as often as a plain one: errors are smaller than those of fused
+// multiply-adds.
+//
+// Two parts: an element is rounded to the sum of two, to 2^-17 of it, and the three largest products are added up
+// ("high" in torch.set_float32_matmul_precision). A float16 is such a sum exactly; what is left out is below 2^-16 of a
+// product. Included by matmul.h.
 
 #if LMK_TILES
 
@@ -9,29 +15,30 @@ namespace lmk {
 namespace LMK_NS {
 namespace {
 
+constexpr int64_t kSplitSide = 2 * kTileSide;           // lines of a block, and the depth of a step
+constexpr int64_t kSplitPart = kTileSide * kSplitSide;  // elements of a part of a step
+constexpr int64_t kSplitDepth = 768;                    // that is packed at once
+
+template <int kParts_>
 struct MathSplit {
   using Acc = float;
   using Elem = uint32_t;  // two bfloat16, the earlier one in the low half
   using V = Vec<float>;
-  static constexpr int kPack = 2;
+  static constexpr int kPack = 2, kParts = kParts_;
+  static constexpr int64_t kStep = kParts * kSplitPart;  // elements of all parts, one behind the other
+  static constexpr int64_t kSteps = kSplitDepth / (kParts == 3 ? 2 : 1) / kSplitSide;  // whose sum starts from zero
 };
 
 template <class M>
 constexpr bool kBySplit = false;
-template <>
-inline constexpr bool kBySplit<MathSplit> = true;
-
-constexpr int kSplitParts = 3;
-constexpr int64_t kSplitSide = 2 * kTileSide;             // lines of a block, and the depth of a step
-constexpr int64_t kSplitPart = kTileSide * kSplitSide;    // elements of a part of a step
-constexpr int64_t kSplitStep = kSplitParts * kSplitPart;  // of all parts, which lie one behind the other
-constexpr int64_t kSplitSteps = 12;                       // whose sum starts from zero
-constexpr int64_t kSplitDepth = 768;                      // that is packed at once
+template <int kParts>
+inline constexpr bool kBySplit<MathSplit<kParts>> = true;
 
 inline int64_t split_steps(int64_t depth) { return depth > 0 ? (depth + kSplitSide - 1) / kSplitSide : 1; }
 
-template <>
-struct MatmulScratch<MathSplit> {
+template <int kParts>
+struct MatmulScratch<MathSplit<kParts>> {
+  static constexpr int64_t kStep = MathSplit<kParts>::kStep;
   int64_t c_ld;
   uint32_t *a, *b, *turned;
   float *c, *sum;
@@ -42,9 +49,9 @@ struct MatmulScratch<MathSplit> {
     const int64_t steps = split_steps(depth < kSplitDepth ? depth : kSplitDepth), before = arena.used();
     plain = MatmulScratch<MathFma<float>>(rows, cols, depth, arena);
     Arena own(plain.b);
-    b = own.take<uint32_t>(c_ld * steps * kSplitStep / kSplitSide);
-    a = own.take<uint32_t>(kMatmulRows * steps * kSplitStep / kSplitSide);
-    turned = own.take<uint32_t>(kSplitParts * kTileSide * kMatmulRows);
+    b = own.take<uint32_t>(c_ld * steps * kStep / kSplitSide);
+    a = own.take<uint32_t>(kMatmulRows * steps * kStep / kSplitSide);
+    turned = own.take<uint32_t>(kParts * kTileSide * kMatmulRows);
     c = own.take<float>((depth <= kSplitDepth ? kSplitSide : round_up(rows, kSplitSide)) * c_ld);
     sum = own.take<float>(kSplitSide * kSplitSide);
     const int64_t more = own.used() - (arena.used() - before);
@@ -52,19 +59,27 @@ struct MatmulScratch<MathSplit> {
   }
 };
 
-// The parts of 16 elements, in the upper halves of 32 bits.
+// The parts of 16 elements, in the upper halves of 32 bits; what the lower halves hold does not count.
+template <int kParts>
 struct SplitParts {
-  __m512i part[kSplitParts];
+  __m512i part[kParts];
 };
 
 // largest: of the elements' bits without their sign, joined
-inline SplitParts split(__m512 x, __m512i& largest) {
+template <int kParts>
+SplitParts<kParts> split(__m512 x, __m512i& largest) {
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), bits = _mm512_castps_si512(x);
   largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
-  const __m512i first = _mm512_and_si512(bits, upper);
-  const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(first));
-  const __m512i second = _mm512_and_si512(_mm512_castps_si512(rest), upper);
-  return {{first, second, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(second)))}};
+  if constexpr (kParts == 2) {
+    const __m512i half = _mm512_set1_epi32(0x8000), first = _mm512_and_si512(_mm512_add_epi32(bits, half), upper);
+    const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(first));
+    return {{first, _mm512_add_epi32(_mm512_castps_si512(rest), half)}};
+  } else {
+    const __m512i first = _mm512_and_si512(bits, upper);
+    const __m512 rest = _mm512_sub_ps(x, _mm512_castsi512_ps(first));
+    const __m512i second = _mm512_and_si512(_mm512_castps_si512(rest), upper);
+    return {{first, second, _mm512_castps_si512(_mm512_sub_ps(rest, _mm512_castsi512_ps(second)))}};
+  }
 }
 
 inline __m512 load_some(const Matrix& x, const void* line, int64_t i, int64_t n) {
@@ -76,24 +91,28 @@ inline __m512 load_some(const Matrix& x, const void* line, int64_t i, int64_t n)
 }
 
 // Pairs of neighbours of a line along the depth, 32 elements or n of them.
-inline SplitParts pairs_along(const Matrix& x, const void* line, int64_t n, __m512i& largest) {
+template <int kParts>
+SplitParts<kParts> pairs_along(const Matrix& x, const void* line, int64_t n, __m512i& largest) {
   alignas(64) static constexpr uint16_t kUpper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i upper = _mm512_load_si512(kUpper);
-  const SplitParts low = split(load_some(x, line, 0, n), largest),
-                   high = split(load_some(x, line, 16, n - 16), largest);
-  SplitParts pairs;
-  for (int p = 0; p < kSplitParts; ++p) pairs.part[p] = _mm512_permutex2var_epi16(low.part[p], upper, high.part[p]);
+  const SplitParts<kParts> low = split<kParts>(load_some(x, line, 0, n), largest),
+                           high = split<kParts>(load_some(x, line, 16, n - 16), largest);
+  SplitParts<kParts> pairs;
+  for (int p = 0; p < kParts; ++p) pairs.part[p] = _mm512_permutex2var_epi16(low.part[p], upper, high.part[p]);
   return pairs;
 }
 
 // Pairs of 16 lines' elements, or n of them, in two neighbouring rows; odd may be null for zeros.
-inline SplitParts pairs_across(const Matrix& x, const void* even, const void* odd, int64_t i, int64_t n,
-                               __m512i& largest) {
-  const SplitParts low = split(load_some(x, even, i, n), largest);
-  SplitParts pairs = odd ? split(load_some(x, odd, i, n), largest) : SplitParts{};
-  for (int p = 0; p < kSplitParts; ++p)
-    pairs.part[p] = _mm512_or_si512(pairs.part[p], _mm512_srli_epi32(low.part[p], 16));
+template <int kParts>
+SplitParts<kParts> pairs_across(const Matrix& x, const void* even, const void* odd, int64_t i, int64_t n,
+                                __m512i& largest) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  constexpr int kAAndBOrC = 0xea;
+  const SplitParts<kParts> low = split<kParts>(load_some(x, even, i, n), largest);
+  SplitParts<kParts> pairs = odd ? split<kParts>(load_some(x, odd, i, n), largest) : SplitParts<kParts>{};
+  for (int p = 0; p < kParts; ++p)
+    pairs.part[p] = _mm512_ternarylogic_epi32(pairs.part[p], upper, _mm512_srli_epi32(low.part[p], 16), kAAndBOrC);
   return pairs;
 }
 
@@ -106,14 +125,14 @@ inline void turn_tile(const uint32_t* tile, uint32_t* dst, int64_t dst_ld) {
 // Lines [line, line + count) over [k, k + n), in blocks of kSplitSide lines by steps by parts, with zeros beyond. A
 // part is lines of pairs for the left factor, and pairs of lines for the right one. Returns the bits of the largest
 // element.
-template <bool kLeft>
+template <int kParts, bool kLeft>
 uint32_t pack_split(const Matrix& x, int64_t line, int64_t count, int64_t k, int64_t n, uint32_t* turned,
                     uint32_t* dst) {
   constexpr int64_t kRow = kLeft ? kTileSide : kSplitSide;
   const int64_t steps = split_steps(n), groups = round_up(count, kSplitSide) / kTileSide;
   // where the first of 16 lines has its part of a step
   const auto place = [&](int64_t group, int64_t step, int part) {
-    return dst + (group / 2 * steps + step) * kSplitStep + part * kSplitPart +
+    return dst + (group / 2 * steps + step) * MathSplit<kParts>::kStep + part * kSplitPart +
            group % 2 * kTileSide * (kLeft ? kRow : 1);
   };
   __m512i largest = _mm512_setzero_si512();
@@ -122,18 +141,18 @@ uint32_t pack_split(const Matrix& x, int64_t line, int64_t count, int64_t k, int
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t first = group * kTileSide, from = step * kSplitSide;
         for (int64_t i = 0; i < kTileSide; ++i) {
-          SplitParts pairs{};
+          SplitParts<kParts> pairs{};
           if (first + i < count) {
             const char* data = static_cast<const char*>(at(x, line + first + i, k + from));
             __builtin_prefetch(data + 512);
             __builtin_prefetch(data + 576);
-            pairs = pairs_along(x, data, n - from, largest);
+            pairs = pairs_along<kParts>(x, data, n - from, largest);
           }
-          for (int p = 0; p < kSplitParts; ++p)
+          for (int p = 0; p < kParts; ++p)
             _mm512_storeu_si512(kLeft ? place(group, step, p) + i * kRow : turned + (p * kTileSide + i) * kTileSide,
                                 pairs.part[p]);
         }
-        for (int p = 0; !kLeft && p < kSplitParts; ++p)
+        for (int p = 0; !kLeft && p < kParts; ++p)
           turn_tile(turned + p * kTileSide * kTileSide, place(group, step, p), kRow);
       }
   } else {
@@ -145,35 +164,38 @@ uint32_t pack_split(const Matrix& x, int64_t line, int64_t count, int64_t k, int
         for (int64_t l = 0; l < 2 && from + l < n; ++l) fetch_line(x, line, k + from + l, count);
         for (int64_t group = 0; group < groups; ++group) {
           const int64_t first = group * kTileSide;
-          const SplitParts pairs = even ? pairs_across(x, even, odd, first, count - first, largest) : SplitParts{};
-          for (int p = 0; p < kSplitParts; ++p)
-            _mm512_storeu_si512(kLeft ? turned + ((group * kSplitParts + p) * kTileSide + i) * kTileSide
-                                      : place(group, step, p) + i * kRow,
-                                pairs.part[p]);
+          const SplitParts<kParts> pairs =
+              even ? pairs_across<kParts>(x, even, odd, first, count - first, largest) : SplitParts<kParts>{};
+          for (int p = 0; p < kParts; ++p)
+            _mm512_storeu_si512(
+                kLeft ? turned + ((group * kParts + p) * kTileSide + i) * kTileSide : place(group, step, p) + i * kRow,
+                pairs.part[p]);
         }
       }
       for (int64_t group = 0; kLeft && group < groups; ++group)
-        for (int p = 0; p < kSplitParts; ++p)
-          turn_tile(turned + (group * kSplitParts + p) * kTileSide * kTileSide, place(group, step, p), kRow);
+        for (int p = 0; p < kParts; ++p)
+          turn_tile(turned + (group * kParts + p) * kTileSide * kTileSide, place(group, step, p), kRow);
     }
   }
   return uint32_t(_mm512_reduce_max_epu32(largest));
 }
 
-// Of a step: what is next to come into the L1 cache, a fifth at a time.
-template <int kFifth>
+// Of the step after this one: the share of 1 / kShares that product number kShare of this one brings into the L1 cache.
+template <int kParts, int kShare, int kShares>
 [[gnu::always_inline]] inline void fetch_step(const uint32_t* a, const uint32_t* b) {
-  constexpr int64_t kLines = kSplitStep / 16, kFrom = kFifth * kLines / 5, kTo = (kFifth + 1) * kLines / 5;
-#pragma GCC unroll 20
+  constexpr int64_t kStep = MathSplit<kParts>::kStep, kLines = kStep / 16;
+  constexpr int64_t kFrom = kShare * kLines / kShares, kTo = (kShare + 1) * kLines / kShares;
+#pragma GCC unroll 22
   for (int64_t i = kFrom; i < kTo; ++i) {
-    __builtin_prefetch(a + kSplitStep + i * 16);
-    __builtin_prefetch(b + kSplitStep + i * 16);
+    __builtin_prefetch(a + kStep + i * 16);
+    __builtin_prefetch(b + kStep + i * 16);
   }
 }
 
 // C (kSplitSide, kSplitSide) = A B, or C += A B. sum: (kSplitSide, kSplitSide), for that.
-inline void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t c_ld, bool add,
-                           float* sum) {
+template <int kParts>
+void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t c_ld, bool add, float* sum) {
+  constexpr int64_t kStep = MathSplit<kParts>::kStep, kSteps = MathSplit<kParts>::kSteps;
   const auto left = [](const uint32_t* x) __attribute__((always_inline)) {
     _tile_loadd(4, x, kTileSide * 4);
     _tile_loadd(5, x + kTileSide * kTileSide, kTileSide * 4);
@@ -194,36 +216,49 @@ inline void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, 
     _tile_stored(2, to + kTileSide * ld, ld * 4);
     _tile_stored(3, to + kTileSide * ld + kTileSide, ld * 4);
   };
-  for (int64_t from = 0; from < steps; from += kSplitSteps) {
-    const int64_t n = steps - from < kSplitSteps ? steps - from : kSplitSteps;
-    const uint32_t *x = a + from * kSplitStep, *y = b + from * kSplitStep;
+  for (int64_t from = 0; from < steps; from += kSteps) {
+    const int64_t n = steps - from < kSteps ? steps - from : kSteps;
+    const uint32_t *x = a + from * kStep, *y = b + from * kStep;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     // in an order in which each product shares a factor with the one before
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t *xs = x + i * kSplitStep, *ys = y + i * kSplitStep;
-      fetch_step<0>(xs, ys);
-      left(xs + 2 * kSplitPart);
-      right(ys);
-      multiply();
-      fetch_step<1>(xs, ys);
-      left(xs + kSplitPart);
-      multiply();
-      fetch_step<2>(xs, ys);
-      right(ys + kSplitPart);
-      multiply();
-      fetch_step<3>(xs, ys);
-      left(xs);
-      multiply();
-      fetch_step<4>(xs, ys);
-      right(ys + 2 * kSplitPart);
-      multiply();
+      const uint32_t *xs = x + i * kStep, *ys = y + i * kStep;
+      if constexpr (kParts == 2) {
+        fetch_step<2, 0, 3>(xs, ys);
+        left(xs + kSplitPart);
+        right(ys);
+        multiply();
+        fetch_step<2, 1, 3>(xs, ys);
+        left(xs);
+        multiply();
+        fetch_step<2, 2, 3>(xs, ys);
+        right(ys + kSplitPart);
+        multiply();
+      } else {
+        fetch_step<3, 0, 5>(xs, ys);
+        left(xs + 2 * kSplitPart);
+        right(ys);
+        multiply();
+        fetch_step<3, 1, 5>(xs, ys);
+        left(xs + kSplitPart);
+        multiply();
+        fetch_step<3, 2, 5>(xs, ys);
+        right(ys + kSplitPart);
+        multiply();
+        fetch_step<3, 3, 5>(xs, ys);
+        left(xs);
+        multiply();
+        fetch_step<3, 4, 5>(xs, ys);
+        right(ys + 2 * kSplitPart);
+        multiply();
+      }
     }
-    for (int64_t i = 0; i < n; ++i) {
-      left(x + i * kSplitStep);
-      right(y + i * kSplitStep);
+    for (int64_t i = 0; kParts == 3 && i < n; ++i) {
+      left(x + i * kStep);
+      right(y + i * kStep);
       multiply();
     }
     if (!add) {
@@ -240,15 +275,17 @@ inline void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, 
   }
 }
 
-// Whether products of parts are neither lost below the range of floats nor made NaN by an infinity's missing parts.
+// Whether products of parts are neither lost below the range of floats nor made NaN by an infinity's missing parts,
+// into which the largest floats may be rounded.
 inline bool splits(uint32_t largest) {
-  constexpr uint32_t kInfinity = 0x7f800000, kTiny = (127 - 50) << 23;  // 2^-50
+  constexpr uint32_t kInfinity = 0x7f800000 - 0x8000, kTiny = (127 - 50) << 23;  // 2^-50
   return largest == 0 || (largest >= kTiny && largest < kInfinity);
 }
 
-template <class Epilogue>
+template <int kParts, class Epilogue>
 void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t depth,
-                  const MatmulScratch<MathSplit>& w, const Epilogue& epilogue) {
+                  const MatmulScratch<MathSplit<kParts>>& w, const Epilogue& epilogue) {
+  constexpr int64_t kStep = MathSplit<kParts>::kStep;
   const int64_t parts = (depth + kSplitDepth - 1) / kSplitDepth;
   const int64_t step = parts > 1 ? round_up((depth + parts - 1) / parts, kSplitSide) : kSplitDepth;
   const int64_t take = a.depth_stride == 1 ? kSplitSide : kMatmulRows;
@@ -257,10 +294,10 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
     const int64_t n = depth - k < step ? depth - k : step, steps = split_steps(n);
     const bool last = k + step >= depth;
-    bool fine = splits(pack_split<false>(b, col, cols, k, n, w.turned, w.b));
+    bool fine = splits(pack_split<kParts, false>(b, col, cols, k, n, w.turned, w.b));
     for (int64_t taken = 0; taken < rows; taken += take) {
       const int64_t count = rows - taken < take ? rows - taken : take;
-      fine = fine && splits(pack_split<true>(a, row + taken, count, k, n, w.turned, w.a));
+      fine = fine && splits(pack_split<kParts, true>(a, row + taken, count, k, n, w.turned, w.a));
       if (!fine) {  // rows before these are finished or, where the depth goes on, taken anew
         const int64_t done = last ? taken : 0;
         return matmul<MathFma<float>>(a, b, row + done, rows - done, col, cols, depth, w.plain, epilogue);
@@ -270,8 +307,8 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
         const int64_t r = taken + i, have = count - i < kSplitSide ? count - i : kSplitSide;
         float* const c = depth <= kSplitDepth ? w.c : w.c + r * w.c_ld;
         for (int64_t j = 0; j < w.c_ld; j += kSplitSide)
-          multiply_split(w.a + i / kSplitSide * steps * kSplitStep, w.b + j / kSplitSide * steps * kSplitStep, steps,
-                         c + j, w.c_ld, k > 0, w.sum);
+          multiply_split<kParts>(w.a + i / kSplitSide * steps * kStep, w.b + j / kSplitSide * steps * kStep, steps,
+                                 c + j, w.c_ld, k > 0, w.sum);
         if (last) epilogue(row + r, have, c, w.c_ld);
       }
       _tile_release();

@@ -41,10 +41,11 @@ void run_rows(const lmk::JoinArgs& j, void (*move)(const lmk::JoinArgs&, int64_t
 std::tuple<Tensor, Tensor, Tensor> qkv_projection_fwd(const Tensor& x_, const Tensor& weight_,
                                                       const OptionalTensor& bias, const OptionalTensor& cos,
                                                       const OptionalTensor& sin, const OptionalTensor& positions,
-                                                      int64_t seq, int64_t heads, int64_t heads_kv, bool interleaved) {
+                                                      int64_t seq, int64_t heads, int64_t heads_kv, bool interleaved,
+                                                      int64_t parts) {
   check_weight(x_, weight_, bias);
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
-  lmk::LinearArgs a = product_args(x, weight);
+  lmk::LinearArgs a = product_args(x, weight, parts);
   const int64_t all = heads + 2 * heads_kv;
   STD_TORCH_CHECK(heads > 0 && heads_kv > 0 && a.cols % all == 0, "weight must have (h + 2 h_kv) d rows");
   const int64_t d = a.cols / all;
@@ -75,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_bwd(const Tensor& dq_, const T
                                                       const OptionalTensor& cos, const OptionalTensor& sin,
                                                       const OptionalTensor& positions, int64_t seq, int64_t heads,
                                                       int64_t heads_kv, bool interleaved, bool need_dx,
-                                                      bool need_dweight, bool need_dbias) {
+                                                      bool need_dweight, bool need_dbias, int64_t parts) {
   check_weight(x_, weight_, {});
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
   const Tensor dq = torch::stable::contiguous(dq_), dk = torch::stable::contiguous(dk_),
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> qkv_projection_bwd(const Tensor& dq_, const T
     p.dout = dout.const_data_ptr(), p.dout_row = cols, p.dout_dtype = j.dtype;
     run_activation(p, dbias);
   }
-  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight);
+  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight, parts);
   return {dx, dweight, dbias};
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton, _triton_autotune
+from .._precision import cuda_float32
 
 MAX_HEAD_DIM = 256
 
@@ -138,7 +139,7 @@ class Problem:
             "SOFTCAP": self.capped,
             "LEFT": left >= 0,
             "RIGHT": right >= 0,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": cuda_float32(),
         }
 
     def tile(self, kernel: str, longest: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _triton
+from .._precision import cuda_float32
 
 MAX_HEAD_DIM = 256
 MOST_SHARES = 32
@@ -66,7 +67,7 @@ def _decode(
         "HALF": 0 if cos is None else cos.shape[1],
         "INTERLEAVED": interleaved,
     }
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = cuda_float32()
     new_rows = b * s_new * h_kv
     if new_rows:
         k_new, v_new = _dense(k_new), _dense(v_new)

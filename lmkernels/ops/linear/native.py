@@ -7,29 +7,38 @@ from torch import Tensor
 
 from ... import _library
 from .. import _skinny  # noqa: F401
+from .._precision import float32_parts
 from .activations import CODES
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library.LIBRARY.define(
-    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, int activation, bool need_pre)"
-    " -> (Tensor, Tensor)"
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, int activation, bool need_pre, "
+    "int parts=3) -> (Tensor, Tensor)"
 )
 _library.LIBRARY.define(
     "linear_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? pre, int activation, bool need_dx, bool need_dweight, "
-    "bool need_dbias) -> (Tensor, Tensor, Tensor)"
+    "bool need_dbias, int parts=3) -> (Tensor, Tensor, Tensor)"
 )
 _library.LIBRARY.define(
     "activation_bwd(Tensor dout, Tensor pre, Tensor? gate, int activation, bool need_dbias)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-linear_fwd = torch.ops.lmkernels.linear_fwd.default
-linear_bwd = torch.ops.lmkernels.linear_bwd.default
+_fwd = torch.ops.lmkernels.linear_fwd.default
+_bwd = torch.ops.lmkernels.linear_bwd.default
 activation_bwd = torch.ops.lmkernels.activation_bwd.default
 
 
+def linear_fwd(*arguments) -> tuple[Tensor, Tensor]:
+    return _fwd(*arguments, float32_parts())
+
+
+def linear_bwd(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return _bwd(*arguments, float32_parts())
+
+
 @torch.library.register_fake("lmkernels::linear_fwd", lib=_library.LIBRARY)
-def _(x, weight, bias, residual, gate, activation, need_pre):
+def _(x, weight, bias, residual, gate, activation, need_pre, parts=3):
     rows, cols = x.shape[0], weight.shape[0]
     dtype = x.dtype if residual is None else residual.dtype
     return x.new_empty(rows, cols, dtype=dtype), x.new_empty((rows, cols) if need_pre else (0, 0))
@@ -48,7 +57,7 @@ def weight_gradients(x, weight, need_dweight, need_dbias):
 
 
 @torch.library.register_fake("lmkernels::linear_bwd", lib=_library.LIBRARY)
-def _(dout, x, weight, pre, activation, need_dx, need_dweight, need_dbias):
+def _(dout, x, weight, pre, activation, need_dx, need_dweight, need_dbias, parts=3):
     return x.new_empty(x.shape if need_dx else (0, 0)), *weight_gradients(x, weight, need_dweight, need_dbias)
 
 
