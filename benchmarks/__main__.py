@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
     chosen = harness.Options(
         cases=options.cases,
         dtypes=tuple(options.dtype or ("float32", "bfloat16")),

@@ -239,6 +239,7 @@ def conditions() -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "isa": torch.ops.lmkernels.cpu_isa() if lmkernels.backends()["native"] is None else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -319,3 +320,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", action="store_true", help="generate: also those that take long to set up")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="generate: draw the table into FILE, a .png")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
+    parser.add_argument(
+        "--matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="torch.set_float32_matmul_precision, for all that is timed (default: highest)",
+    )

@@ -191,6 +191,13 @@ def triton(device) -> str:
     return "triton"
 
 
+@pytest.fixture
+def matmul_precision():
+    """Sets torch's precision of float32 products, as torch.set_float32_matmul_precision, until the test ends."""
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of public data sets: $LMKERNELS_DATA, or shared/data beside the checkout."""

@@ -9,6 +9,7 @@ import torch
 
 import lmkernels
 from lmkernels.ops import _dispatch
+from lmkernels.ops._precision import cuda_float32, float32_parts
 
 
 def _backend(reason: str | None) -> SimpleNamespace:
@@ -79,3 +80,29 @@ def test_a_head_size_that_native_lacks_is_refused_by_name_and_run_by_the_referen
     with pytest.raises(NotImplementedError, match="head sizes go up to 256, got 300 and 300"):
         lmkernels.attention(q, q, q, backend=native)
     torch.testing.assert_close(lmkernels.attention(q, q, q), lmkernels.attention(q, q, q, backend="reference"))
+
+
+@pytest.mark.parametrize("precision, kernel", [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_triton_takes_tf32_where_torch_allows_it_by_either_name(precision, kernel):
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.fp32_precision = precision
+        assert cuda_float32() == kernel
+    finally:
+        matmul.fp32_precision = "none"
+    try:
+        matmul.allow_tf32 = precision == "tf32"
+        assert cuda_float32() == kernel
+    finally:
+        matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("precision, parts", [("tf32", 2), ("bf16", 1), ("ieee", 3)])
+def test_the_cpu_follows_torchs_newer_name_of_its_precision(precision, parts):
+    matmul = torch.backends.mkldnn.matmul
+    assert float32_parts() == 3
+    try:
+        matmul.fp32_precision = precision
+        assert float32_parts() == parts
+    finally:
+        matmul.fp32_precision = "none"

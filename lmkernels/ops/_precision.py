@@ -7,7 +7,6 @@ import torch
 _PARTS = {"tf32": 2, "bf16": 1}
 
 
-@torch.compiler.assume_constant_result
 def float32_parts() -> int:
     """How many bfloat16 a factor of a float32 product on the CPU may be rounded to the sum of; 3 lose nothing.
 
@@ -16,6 +15,10 @@ def float32_parts() -> int:
     """
     # what torch.backends.mkldnn.matmul.fp32_precision returns, which takes ten times as long
     return _PARTS.get(torch._C._get_fp32_precision_getter("mkldnn", "matmul"), 3)
+
+
+# what torch.compiler.assume_constant_result does, which imports Triton as well
+float32_parts._dynamo_marked_constant = True
 
 
 def cuda_float32() -> str:

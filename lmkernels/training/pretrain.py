@@ -67,10 +67,12 @@ def resumed_trainer(out: Path, options: dict, say) -> Trainer:
 
 
 def prepare(settings: RunSettings) -> torch.device:
-    """Sets the number of threads, notes it in the settings, and chooses the device."""
+    """Sets the number of threads, notes it in the settings, sets the precision of products and chooses the device."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     settings.threads = torch.get_num_threads()
+    if settings.matmul_precision is not None:
+        torch.set_float32_matmul_precision(settings.matmul_precision)
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -25,6 +25,9 @@ class RunSettings:
     beta2: float = option(0.95, "AdamW's memory of squared gradients")
     clip: float = option(1.0, "largest norm of the gradient, 0 for no limit")
     dtype: str = option("float32", "float32, or bfloat16 for autocast")
+    matmul_precision: str | None = option(
+        None, "of float32 products: highest, high or medium, as torch names them; default: what torch is set to"
+    )
     eval_every: int = option(100, "steps between evaluations")
     save_every: int = option(500, "steps between checkpoints")
     keep: int = option(2, "checkpoints that stay on the disk")
@@ -48,9 +51,10 @@ class RunSettings:
         for name, choices in (
             ("schedule", ("cosine", "linear")),
             ("dtype", ("float32", "bfloat16")),
+            ("matmul_precision", ("highest", "high", "medium")),
             ("device", ("auto", "cpu", "cuda")),
         ):
-            if (value := getattr(self, name)) not in choices:
+            if (value := getattr(self, name)) not in choices and not (value is None and name == "matmul_precision"):
                 raise ValueError(f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
 
     @property

@@ -147,22 +147,68 @@ def test_autocast_keeps_a_float32_residual_in_float32(backend):
 
 
 # 50 rows are two blocks of a product by tiles, and a depth of 1600 is multiplied in parts
+@pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("depth", [70, 1600])
 @pytest.mark.parametrize("where", ["x", "weight"])
-def test_infinities_and_nans_stay_what_and_where_they_are_in_float32(depth, where, native):
+def test_infinities_and_nans_stay_what_and_where_they_are_in_float32(depth, where, precision, matmul_precision, native):
+    matmul_precision(precision)
     inputs = {"x": torch.randn(50, depth), "weight": torch.randn(90, depth)}
     inputs[where][40, depth - 3], inputs[where][45, 1], inputs[where][46, 2] = torch.inf, -torch.inf, torch.nan
     ours, torchs = linear(**inputs, backend=native), F.linear(**inputs)
     torch.testing.assert_close(ours, torchs, equal_nan=True, rtol=1e-5, atol=1e-3)
 
 
+# the largest floats would be rounded to infinities
+@pytest.mark.parametrize("largest", [3.4e38, torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max])
+def test_the_largest_floats_stay_finite_at_high_precision(largest, matmul_precision, native):
+    matmul_precision("high")
+    x = torch.zeros(50, 70)
+    x[3, 4] = largest
+    out = linear(x, torch.eye(70), backend=native)
+    assert torch.equal(out, x)
+
+
 @pytest.mark.parametrize("scales", [(1e-37, 1.0), (1.0, 1e-37), (1e-25, 1e-8), (1e30, 1e-30), (1e25, 1e10)], ids=str)
 @pytest.mark.parametrize("depth", [70, 1600])
-def test_float32_keeps_its_digits_over_its_whole_range(depth, scales, native):
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_keeps_its_digits_over_its_whole_range(depth, scales, precision, matmul_precision, native):
+    matmul_precision(precision)
     x, weight = torch.randn(50, depth) * scales[0], torch.randn(90, depth) * scales[1]
     want = x.double() @ weight.double().t()
     for y in (linear(x, weight, backend=native), F.linear(x, weight)):
-        assert (y.double() - want).norm() < 3e-6 * want.norm()
+        assert (y.double() - want).norm() < (3e-6 + numerics.factor_rounding()) * want.norm()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("case", cases.LINEAR, ids=str)
+def test_factors_are_rounded_only_as_far_as_torchs_precision_says(case, precision, matmul_precision, native):
+    matmul_precision(precision)
+    inputs = case.make(torch.float32)
+    check(inputs, torch.float32, native)
+    check(inputs, torch.float32, native, activation="gelu")
+
+
+def test_lower_precision_is_taken_up_where_the_cpu_is_faster_with_it(matmul_precision, native):
+    inputs = cases.LinearCase("precision", (70,), 90, 130).make(torch.float32)
+    inputs["weight"] = inputs["weight"].contiguous()
+    found = {}
+    for precision in ("highest", "high", "medium"):
+        matmul_precision(precision)
+        found[precision] = numerics.results(linear, inputs, inputs, backend=native)
+    isa = torch.ops.lmkernels.cpu_isa()
+    for name in ("out", "dx", "dweight"):
+        assert torch.equal(found["high"][name], found["highest"][name]) == (isa != "amx")
+        assert torch.equal(found["medium"][name], found["highest"][name]) == (isa not in ("amx", "avx512bf16"))
+
+
+def test_a_compiled_graph_follows_torchs_precision(matmul_precision, native):
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x, weight = torch.randn(70, 90), torch.randn(130, 90)
+    for precision in ("highest", "high", "highest"):
+        matmul_precision(precision)
+        assert torch.equal(compiled(x, weight, backend=native), linear(x, weight, backend=native))
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)

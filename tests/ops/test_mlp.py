@@ -70,6 +70,17 @@ def reference_swiglu(*arguments, **options):
     return swiglu_mlp(*arguments, **options | {"backend": "reference"})
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_factors_are_rounded_only_as_far_as_torchs_precision_says(precision, matmul_precision, native):
+    matmul_precision(precision)
+    for function, plain, inputs in (
+        (mlp, plain_mlp, mlp_inputs(torch.float32)),
+        (swiglu_mlp, plain_swiglu, swiglu_inputs(torch.float32)),
+    ):
+        golden = reference_mlp if function is mlp else reference_swiglu
+        numerics.assert_op_as_accurate(function, golden, plain, inputs, inputs, dtype=torch.float32, backend=native)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
 def test_mlp_is_as_accurate_as_plain_torch(activation, dtype, backend):

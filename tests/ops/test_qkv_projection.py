@@ -62,7 +62,16 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
     check(case, dtype, backend)
 
 
-def test_without_rotation_it_is_linear_bit_for_bit(native):
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_factors_are_rounded_only_as_far_as_torchs_precision_says(precision, matmul_precision, native):
+    matmul_precision(precision)
+    for case in cases.QKV:
+        check(case, torch.float32, native)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_without_rotation_it_is_linear_bit_for_bit(precision, matmul_precision, native):
+    matmul_precision(precision)
     inputs, _ = cases.QKVCase("plain", 2, 40, 96, 4, 2, 24).make(torch.float32)
     whole = linear(**inputs, backend=native).view(2, 40, 8, 24)
     q, k, v = qkv_projection(**inputs, num_heads=4, num_kv_heads=2, backend=native)
