@@ -1,9 +1,8 @@
 // Large matrix products of float32 by tiles of bfloat16 (AMX).
 //
 // Three parts: an element is the sum of three bfloat16 of 8 bits each, exactly, and the six largest of the nine
-// products of two such sums are added up. What is left out is below 2^-23 of a product. The five small ones come first,
-// so that the sum is rounded at its full size as often as a plain one: errors are smaller than those of fused
-// multiply-adds.
+// products of two such sums are added up. What is left out is below 2^-23 of a product. A tile adds up its 32 products
+// before they join the sum, so that errors are smaller than those of fused multiply-adds.
 //
 // Two parts: an element is rounded to the sum of two, to 2^-17 of it, and the three largest products are added up
 // ("high" in torch.set_float32_matmul_precision). A float16 is such a sum exactly; what is left out is below 2^-16 of a
@@ -26,7 +25,6 @@ struct MathSplit {
   using V = Vec<float>;
   static constexpr int kPack = 2, kParts = kParts_;
   static constexpr int64_t kStep = kParts * kSplitPart;  // elements of all parts, one behind the other
-  static constexpr int64_t kSteps = kSplitDepth / (kParts == 3 ? 2 : 1) / kSplitSide;  // whose sum starts from zero
 };
 
 template <class M>
@@ -195,7 +193,7 @@ template <int kParts, int kShare, int kShares>
 // C (kSplitSide, kSplitSide) = A B, or C += A B. sum: (kSplitSide, kSplitSide), for that.
 template <int kParts>
 void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t c_ld, bool add, float* sum) {
-  constexpr int64_t kStep = MathSplit<kParts>::kStep, kSteps = MathSplit<kParts>::kSteps;
+  constexpr int64_t kStep = MathSplit<kParts>::kStep;
   const auto left = [](const uint32_t* x) __attribute__((always_inline)) {
     _tile_loadd(4, x, kTileSide * 4);
     _tile_loadd(5, x + kTileSide * kTileSide, kTileSide * 4);
@@ -216,63 +214,52 @@ void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
     _tile_stored(2, to + kTileSide * ld, ld * 4);
     _tile_stored(3, to + kTileSide * ld + kTileSide, ld * 4);
   };
-  for (int64_t from = 0; from < steps; from += kSteps) {
-    const int64_t n = steps - from < kSteps ? steps - from : kSteps;
-    const uint32_t *x = a + from * kStep, *y = b + from * kStep;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    // in an order in which each product shares a factor with the one before
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t *xs = x + i * kStep, *ys = y + i * kStep;
-      if constexpr (kParts == 2) {
-        fetch_step<2, 0, 3>(xs, ys);
-        left(xs + kSplitPart);
-        right(ys);
-        multiply();
-        fetch_step<2, 1, 3>(xs, ys);
-        left(xs);
-        multiply();
-        fetch_step<2, 2, 3>(xs, ys);
-        right(ys + kSplitPart);
-        multiply();
-      } else {
-        fetch_step<3, 0, 5>(xs, ys);
-        left(xs + 2 * kSplitPart);
-        right(ys);
-        multiply();
-        fetch_step<3, 1, 5>(xs, ys);
-        left(xs + kSplitPart);
-        multiply();
-        fetch_step<3, 2, 5>(xs, ys);
-        right(ys + kSplitPart);
-        multiply();
-        fetch_step<3, 3, 5>(xs, ys);
-        left(xs);
-        multiply();
-        fetch_step<3, 4, 5>(xs, ys);
-        right(ys + 2 * kSplitPart);
-        multiply();
-      }
-    }
-    for (int64_t i = 0; kParts == 3 && i < n; ++i) {
-      left(x + i * kStep);
-      right(y + i * kStep);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  // in an order in which each product shares a factor with the one before
+  for (; steps > 0; --steps, a += kStep, b += kStep) {
+    if constexpr (kParts == 2) {
+      fetch_step<2, 0, 3>(a, b);
+      left(a + kSplitPart);
+      right(b);
+      multiply();
+      fetch_step<2, 1, 3>(a, b);
+      left(a);
+      multiply();
+      fetch_step<2, 2, 3>(a, b);
+      right(b + kSplitPart);
+      multiply();
+    } else {
+      fetch_step<3, 0, 6>(a, b);
+      left(a + 2 * kSplitPart);
+      right(b);
+      multiply();
+      fetch_step<3, 1, 6>(a, b);
+      left(a + kSplitPart);
+      multiply();
+      fetch_step<3, 2, 6>(a, b);
+      right(b + kSplitPart);
+      multiply();
+      fetch_step<3, 3, 6>(a, b);
+      left(a);
+      multiply();
+      fetch_step<3, 4, 6>(a, b);
+      right(b + 2 * kSplitPart);
+      multiply();
+      fetch_step<3, 5, 6>(a, b);
+      right(b);
       multiply();
     }
-    if (!add) {
-      store(c, c_ld);
-      add = true;
-      continue;
-    }
-    store(sum, kSplitSide);
-    for (int64_t r = 0; r < kSplitSide; ++r)
-      for (int64_t i = 0; i < kSplitSide; i += kTileSide) {
-        float* to = c + r * c_ld + i;
-        (Vec<float>::load(to) + Vec<float>::load(sum + r * kSplitSide + i)).store(to);
-      }
   }
+  if (!add) return store(c, c_ld);
+  store(sum, kSplitSide);
+  for (int64_t r = 0; r < kSplitSide; ++r)
+    for (int64_t i = 0; i < kSplitSide; i += kTileSide) {
+      float* to = c + r * c_ld + i;
+      (Vec<float>::load(to) + Vec<float>::load(sum + r * kSplitSide + i)).store(to);
+    }
 }
 
 // Whether products of parts are neither lost below the range of floats nor made NaN by an infinity's missing parts,
