@@ -167,9 +167,10 @@ def test_doctor_reports_this_machine(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["torch"] == torch.__version__ and report["lmkernels"] == lmkernels.__version__
     assert report["backends"] == lmkernels.backends() and report["threads"] == torch.get_num_threads()
+    assert report["matmul_precision"] == "highest"
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for name in ("reference", "native", "triton", "threads", "compiler"):
+    for name in ("reference", "native", "triton", "threads", "float32 products", "compiler"):
         assert name in text
 
 

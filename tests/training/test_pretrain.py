@@ -32,9 +32,9 @@ def test_a_run_learns_and_leaves_all_its_files(tmp_path, options):
     assert model.generate([tokenizer.encode("def f").ids], max_new_tokens=5, eos_token_id=[]).shape[1] > 5
 
 
-@pytest.mark.parametrize("dtype, grad_accum", [("float32", 1), ("bfloat16", 2)])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, options, dtype, grad_accum, ctrl_c):
-    options |= {"dtype": dtype, "grad_accum": grad_accum}
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16", "grad_accum": 2}, {"matmul_precision": "high"}], ids=str)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, options, change, ctrl_c, matmul_precision):
+    options |= change
     pretrain(tmp_path / "whole", options)
 
     with ctrl_c(before=5):
@@ -42,6 +42,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, option
     assert not first["finished"] and first["step"] == 5
     # what happened to the generator in between must not matter
     torch.rand(3)
+    matmul_precision("highest")
     assert pretrain(tmp_path / "parts", {}, resume=True)["finished"]
     for file in ("model.safetensors", "training.safetensors"):
         whole, parts = (find(tmp_path / run) / file for run in ("whole", "parts"))
@@ -149,6 +150,7 @@ def test_divergence_stops_the_run_before_the_weights_are_lost(tmp_path, options)
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"lr": math.nan}, "lr must be 0 or more, got nan"),
         ({"dtype": "float8"}, "dtype must be float32 or bfloat16"),
+        ({"matmul_precision": "low"}, "matmul_precision must be highest, high or medium, got 'low'"),
         ({"device": "tpu"}, "device must be auto, cpu or cuda"),
         ({"eval_fraction": 1.0}, r"eval_fraction must lie in \(0, 1\)"),
         ({"block_size": 100_000}, "corpus must have more than 200002 tokens"),
