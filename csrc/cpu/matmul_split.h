@@ -65,7 +65,7 @@ struct SplitParts {
 
 // largest: of the elements' bits without their sign, joined
 template <int kParts>
-SplitParts<kParts> split(__m512 x, __m512i& largest) {
+[[gnu::always_inline]] inline SplitParts<kParts> split(__m512 x, __m512i& largest) {
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000)), bits = _mm512_castps_si512(x);
   largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
   if constexpr (kParts == 2) {
@@ -80,7 +80,7 @@ SplitParts<kParts> split(__m512 x, __m512i& largest) {
   }
 }
 
-inline __m512 load_some(const Matrix& x, const void* line, int64_t i, int64_t n) {
+[[gnu::always_inline]] inline __m512 load_some(const Matrix& x, const void* line, int64_t i, int64_t n) {
   const __mmask16 lanes = n <= 0 ? __mmask16(0) : lanes_below(n);
   if (x.dtype == DType::f32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(line) + i);
   const __m256i half = _mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(line) + i);
@@ -90,7 +90,8 @@ inline __m512 load_some(const Matrix& x, const void* line, int64_t i, int64_t n)
 
 // Pairs of neighbours of a line along the depth, 32 elements or n of them.
 template <int kParts>
-SplitParts<kParts> pairs_along(const Matrix& x, const void* line, int64_t n, __m512i& largest) {
+[[gnu::always_inline]] inline SplitParts<kParts> pairs_along(const Matrix& x, const void* line, int64_t n,
+                                                             __m512i& largest) {
   alignas(64) static constexpr uint16_t kUpper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i upper = _mm512_load_si512(kUpper);
@@ -103,8 +104,8 @@ SplitParts<kParts> pairs_along(const Matrix& x, const void* line, int64_t n, __m
 
 // Pairs of 16 lines' elements, or n of them, in two neighbouring rows; odd may be null for zeros.
 template <int kParts>
-SplitParts<kParts> pairs_across(const Matrix& x, const void* even, const void* odd, int64_t i, int64_t n,
-                                __m512i& largest) {
+[[gnu::always_inline]] inline SplitParts<kParts> pairs_across(const Matrix& x, const void* even, const void* odd,
+                                                              int64_t i, int64_t n, __m512i& largest) {
   const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
   constexpr int kAAndBOrC = 0xea;
   const SplitParts<kParts> low = split<kParts>(load_some(x, even, i, n), largest);
