@@ -36,8 +36,9 @@ def linear(
 
     weight, bias and residual have x's dtype; where that has 16 bits they may be float32. The product then rounds the
     weight to 16 bits, as autocast does but without a copy of it (float16: it need not), and its gradient is float32.
-    Returns (..., d_out) in the dtype of residual, or of x. Sums are float32 (float64 for float64). Differentiable in x,
-    weight, bias and residual; twice by recomputation through the reference.
+    Returns (..., d_out) in the dtype of residual, or of x. Sums are float32 (float64 for float64); factors in float32
+    keep their digits, unless `torch.set_float32_matmul_precision` allows fewer where that is faster. Differentiable in
+    x, weight, bias and residual; twice by recomputation through the reference.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
     """
