@@ -11,7 +11,8 @@
 
 namespace lmk {
 
-const LossKernels& loss_kernels(DType compute) {
+const LossKernels& loss_kernels(DType compute, int64_t parts) {
+  if (compute == DType::f32 && parts < 3) compute = parts == 2 ? DType::f16 : DType::bf16;
   static constexpr const LossKernels* kTable[] = LMK_ISA_TABLE(kLoss);
   return kTable[static_cast<int>(isa())][static_cast<int>(compute)];
 }

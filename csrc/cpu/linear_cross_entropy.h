@@ -12,6 +12,7 @@ namespace lmk {
 struct LossArgs {
   int64_t vocab, depth;
   DType compute;       // of hidden
+  int64_t parts;       // of loss_kernels
   const void* hidden;  // rows of depth elements
   int64_t hidden_row;  // stride in elements
   Matrix weight;       // (vocab, depth); a line is a row
@@ -57,6 +58,7 @@ struct LossKernels {
   void (*dhidden_sum)(const LossArgs&, int64_t task, void* scratch);  // panels
 };
 
-const LossKernels& loss_kernels(DType compute);
+// parts: as linear_kernels takes them
+const LossKernels& loss_kernels(DType compute, int64_t parts);
 
 }  // namespace lmk

@@ -40,7 +40,7 @@ void choose_loss_blocks(lmk::LossArgs& a, const lmk::LossKernels& kernels, int64
 }
 
 void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& tokens) {
-  const lmk::LossKernels& kernels = lmk::loss_kernels(a.compute);
+  const lmk::LossKernels& kernels = lmk::loss_kernels(a.compute, a.parts);
   const int64_t count = int64_t(tokens.size());
   choose_loss_blocks(a, kernels, count);
   Tensor low, shared = new_tensor(like, {kernels.shared(a)}, ScalarType::Byte);
@@ -73,14 +73,14 @@ void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& 
 }
 
 lmk::LossArgs loss_args(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& labels,
-                        double softcap, double z_loss, double label_smoothing) {
+                        double softcap, double z_loss, double label_smoothing, int64_t parts) {
   check_weight(hidden, weight, bias);
   STD_TORCH_CHECK(labels.is_cpu() && labels.dim() == 1 && labels.size(0) == hidden.size(0) &&
                       labels.scalar_type() == ScalarType::Long && labels.is_contiguous(),
                   "labels must be (tokens,), contiguous, of int64");
   lmk::LossArgs a{};
   a.vocab = weight.size(0), a.depth = weight.size(1);
-  a.compute = dtype_of(hidden);
+  a.compute = dtype_of(hidden), a.parts = parts;
   a.hidden = hidden.const_data_ptr(), a.hidden_row = hidden.stride(0);
   a.weight = lines_of(weight, 0);
   if (bias) a.bias = bias->const_data_ptr(), a.bias_dtype = dtype_of(*bias);
@@ -92,9 +92,9 @@ lmk::LossArgs loss_args(const Tensor& hidden, const Tensor& weight, const Option
 // The loss of each token; 0 where it is ignored.
 Tensor linear_cross_entropy_fwd(const Tensor& hidden_, const Tensor& weight_, const OptionalTensor& bias,
                                 const Tensor& labels, int64_t ignore_index, double softcap, double z_loss,
-                                double label_smoothing) {
+                                double label_smoothing, int64_t parts) {
   const Tensor hidden = dense_rows(hidden_), weight = dense_matrix(weight_);
-  lmk::LossArgs a = loss_args(hidden, weight, bias, labels, softcap, z_loss, label_smoothing);
+  lmk::LossArgs a = loss_args(hidden, weight, bias, labels, softcap, z_loss, label_smoothing, parts);
   const std::vector<int64_t> tokens = counted_tokens(labels, a.vocab, ignore_index);
   Tensor loss = torch::stable::new_zeros(hidden, {hidden.size(0)}, accumulator(hidden));
   a.loss = loss.mutable_data_ptr();
@@ -109,9 +109,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor
                                                                     const Tensor& labels, int64_t ignore_index,
                                                                     double softcap, double z_loss,
                                                                     double label_smoothing, bool need_dhidden,
-                                                                    bool need_dweight, bool need_dbias) {
+                                                                    bool need_dweight, bool need_dbias, int64_t parts) {
   const Tensor hidden = dense_rows(hidden_), weight = dense_matrix(weight_);
-  lmk::LossArgs a = loss_args(hidden, weight, bias, labels, softcap, z_loss, label_smoothing);
+  lmk::LossArgs a = loss_args(hidden, weight, bias, labels, softcap, z_loss, label_smoothing, parts);
   const ScalarType acc = accumulator(hidden);
   STD_TORCH_CHECK(scale.is_cpu() && scale.dim() == 1 && scale.size(0) == hidden.size(0) && scale.scalar_type() == acc,
                   "scale must be (tokens,), float32 (float64 for float64)");

@@ -38,6 +38,15 @@ void gemm_in_parts(GemmArgs<M> g, int64_t rows, int64_t vecs, bool add) {
 template <class M>
 constexpr int64_t kLossDepth = kByTiles<M> ? 192 : kMatmulDepth<M>;
 
+// Elements that one of a panel's lines takes, packed over n of the depth.
+template <class M>
+int64_t packed_elements(int64_t n) {
+#if LMK_TILES
+  if constexpr (kBySplit<M>) return split_steps(n) * M::kStep / kSplitSide;
+#endif
+  return (n + M::kPack - 1) / M::kPack;
+}
+
 // The memory that the tasks of a call share.
 template <class M>
 struct LossMemory {
@@ -52,16 +61,19 @@ struct LossMemory {
   T *largest, *sum, *total;               // (blocks, tokens): maximum, sum of e^(logit - maximum), sum of logits
   T* label_logit;                         // (tokens,)
   T *shift, *factor, *constant,
-      *on_label;  // (tokens,): dlogit = e^(logit - shift) factor - constant - on_label [label]
-  T* partial;     // (splits, tokens, width)
+      *on_label;   // (tokens,): dlogit = e^(logit - shift) factor - constant - on_label [label]
+  T* partial;      // (splits, tokens, width)
+  uint32_t* bits;  // (panels of tokens,): by split products, of the largest element of hidden
 
   LossMemory(const LossArgs& a, Arena& arena) {
+    constexpr bool kSplit = kBySplit<M>;
     tokens = round_up(a.capacity, kPanel);
-    vocab = round_up(a.vocab, M::kPack);
+    vocab = round_up(a.vocab, kSplit ? kPanel : M::kPack);
     blocks = (a.vocab + a.vocab_block - 1) / a.vocab_block;
-    width = round_up(a.depth, M::V::kLanes);
-    column_elements = (a.depth + M::kPack - 1) / M::kPack;
-    row_elements = tokens / M::kPack;
+    width = round_up(a.depth, kSplit ? kPanel : M::V::kLanes);
+    column_elements = packed_elements<M>(a.depth);
+    row_elements = packed_elements<M>(tokens);
+    bits = arena.take<uint32_t>(kSplit ? tokens / kPanel : 0);
     columns = arena.take<E>(tokens * column_elements);
     largest = arena.take<T>(blocks * tokens);
     sum = arena.take<T>(blocks * tokens);
@@ -148,6 +160,16 @@ void finish_logits(const LossArgs& a, const LossMemory<M>& m, int64_t block, int
   }
 }
 
+// Maximum and sums of a block before its first logit.
+template <class M>
+void start_block(const LossMemory<M>& m, int64_t block) {
+  using T = typename M::Acc;
+  for (int64_t i = block * m.tokens; i < (block + 1) * m.tokens; ++i) {
+    m.largest[i] = std::numeric_limits<T>::lowest();
+    m.sum[i] = m.total[i] = 0;
+  }
+}
+
 template <class M>
 void logits_task(const LossArgs& a, int64_t task, void* scratch) {
   using T = typename M::Acc;
@@ -156,10 +178,7 @@ void logits_task(const LossArgs& a, int64_t task, void* scratch) {
   const LossMemory<M> m(a, shared);
   const MatmulScratch<M> w(kMatmulRows, kLanes, least(a.depth, kStep), own);
   T* passing = a.keep_logits ? nullptr : own.take<T>(m.tokens * kMatmulRows);
-  for (int64_t i = 0; i < m.tokens; ++i) {
-    m.largest[task * m.tokens + i] = std::numeric_limits<T>::lowest();
-    m.sum[task * m.tokens + i] = m.total[task * m.tokens + i] = 0;
-  }
+  start_block(m, task);
   GemmArgs<M> g{};
   g.b_depth = g.b_panel = g.c_row = kPanel;
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
@@ -224,13 +243,14 @@ void loss_task(const LossArgs& a, int64_t task, void*) {
   for (int64_t i = token + have; i < token + kPanel; ++i) m.shift[i] = m.factor[i] = m.constant[i] = 0;
 }
 
-// logits (n rows of the vocabulary, vecs vectors of tokens) become their derivatives.
+// The logits of n rows of the vocabulary for a panel of tokens become their derivatives, whose sums join dbias.
 template <class M>
-void differentiate(const LossArgs& a, const LossMemory<M>& m, int64_t row, int64_t n, int64_t token, int64_t vecs,
-                   typename M::Acc* logits) {
+void differentiate(const LossArgs& a, const LossMemory<M>& m, int64_t row, int64_t n, int64_t token) {
   using T = typename M::Acc;
   using V = typename M::V;
   constexpr int64_t kPanel = panel_of<M>(), kLanes = V::kLanes;
+  const int64_t vecs = (least(kPanel, a.count - token) + kLanes - 1) / kLanes;
+  T* logits = m.logits + token * m.vocab + row * kPanel;
   const bool capped = a.softcap > 0;
   const T inverse = capped ? T(1) / T(a.softcap) : T(0);
   for (int64_t i = 0; i < vecs * kLanes; i += kLanes) {
@@ -249,6 +269,11 @@ void differentiate(const LossArgs& a, const LossMemory<M>& m, int64_t row, int64
     if (r < 0 || r >= n) continue;
     const T ratio = capped ? m.label_logit[token + i] * inverse : T(0);
     logits[r * kPanel + i] -= m.on_label[token + i] * (T(1) - ratio * ratio);
+  }
+  for (int64_t r = 0; a.dbias && r < n; ++r) {
+    V sum = V::zero();
+    for (int64_t i = 0; i < vecs * kLanes; i += kLanes) sum = sum + V::load(logits + r * kPanel + i);
+    a.dbias[row + r] += double(reduce_add(sum));
   }
 }
 
@@ -299,8 +324,7 @@ void add_to_dweight(const LossArgs& a, int64_t row, T* sums) {
 template <class M>
 void dweight_task(const LossArgs& a, int64_t task, void* scratch) {
   using T = typename M::Acc;
-  using V = typename M::V;
-  constexpr int64_t kPanel = panel_of<M>(), kLanes = V::kLanes;
+  constexpr int64_t kPanel = panel_of<M>(), kLanes = M::V::kLanes;
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const int64_t ld = round_up(m.row_elements, 16);
@@ -316,15 +340,8 @@ void dweight_task(const LossArgs& a, int64_t task, void* scratch) {
     const int64_t n = least(kMatmulRows, end - row);
     for (int64_t token = 0; token < a.count; token += kPanel) {
       const int64_t vecs = (least(kPanel, a.count - token) + kLanes - 1) / kLanes;
-      T* derivatives = m.logits + token * m.vocab + row * kPanel;
-      differentiate<M>(a, m, row, n, token, vecs, derivatives);
-      if (a.dbias)
-        for (int64_t r = 0; r < n; ++r) {
-          V sum = V::zero();
-          for (int64_t i = 0; i < vecs * kLanes; i += kLanes) sum = sum + V::load(derivatives + r * kPanel + i);
-          a.dbias[row + r] += double(reduce_add(sum));
-        }
-      pack_derivatives<M>(n, vecs, derivatives, packed + token / M::kPack, ld);
+      differentiate<M>(a, m, row, n, token);
+      pack_derivatives<M>(n, vecs, m.logits + token * m.vocab + row * kPanel, packed + token / M::kPack, ld);
     }
     if (!a.dweight) continue;
     gemm_in_parts<M>(g, n, m.width / kLanes, false);
@@ -395,6 +412,16 @@ int64_t loss_scratch(const LossArgs& a) {
   return most;
 }
 
+}  // namespace
+}  // namespace LMK_NS
+}  // namespace lmk
+
+#include "linear_cross_entropy_split_body.h"
+
+namespace lmk {
+namespace LMK_NS {
+namespace {
+
 template <class M>
 constexpr LossKernels loss_of() {
   return {sizeof(typename M::Acc),
@@ -411,8 +438,30 @@ constexpr LossKernels loss_of() {
           dhidden_sum_task<M>};
 }
 
+// Where there are tiles, of so many parts to an element.
+template <int kParts>
+constexpr LossKernels loss_of_float() {
+#if LMK_TILES
+  using M = MathSplit<kParts>;
+  return {sizeof(float),
+          kSplitSide,
+          kMatmulRows,
+          kSplitDepth,
+          loss_shared<M>,
+          split_scratch<kParts>,
+          split_pack_task<kParts>,
+          split_logits_task<kParts>,
+          loss_task<M>,
+          split_dweight_task<kParts>,
+          split_dhidden_task<kParts>,
+          dhidden_sum_task<M>};
+#else
+  return loss_of<MathFma<float>>();
+#endif
+}
+
 // One row per DType, in its order.
-constexpr LossKernels kLoss[] = {loss_of<MathFma<float>>(), loss_of<MathForBf16>(), loss_of<MathFma<float>>(),
+constexpr LossKernels kLoss[] = {loss_of_float<3>(), loss_of<MathForBf16>(), loss_of_float<2>(),
                                  loss_of<MathFma<double>>()};
 
 }  // namespace

@@ -25,6 +25,7 @@ struct MathSplit {
   using V = Vec<float>;
   static constexpr int kPack = 2, kParts = kParts_;
   static constexpr int64_t kStep = kParts * kSplitPart;  // elements of all parts, one behind the other
+  static V exp(V x) { return LMK_NS::exp(x); }
 };
 
 template <class M>
@@ -191,9 +192,11 @@ template <int kParts, int kShare, int kShares>
   }
 }
 
-// C (kSplitSide, kSplitSide) = A B, or C += A B. sum: (kSplitSide, kSplitSide), for that.
+// C (kSplitSide, kSplitSide) = A B, or C += A B. sum: (kSplitSide, kSplitSide), for that. whole: all four products of
+// two parts, with which those of float16 are exact.
 template <int kParts>
-void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t c_ld, bool add, float* sum) {
+void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* c, int64_t c_ld, bool add, float* sum,
+                    bool whole = false) {
   constexpr int64_t kStep = MathSplit<kParts>::kStep;
   const auto left = [](const uint32_t* x) __attribute__((always_inline)) {
     _tile_loadd(4, x, kTileSide * 4);
@@ -232,6 +235,10 @@ void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
       fetch_step<2, 2, 3>(a, b);
       right(b + kSplitPart);
       multiply();
+      if (whole) {
+        left(a + kSplitPart);
+        multiply();
+      }
     } else {
       fetch_step<3, 0, 6>(a, b);
       left(a + 2 * kSplitPart);
@@ -263,11 +270,14 @@ void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
     }
 }
 
-// Whether products of parts are neither lost below the range of floats nor made NaN by an infinity's missing parts,
-// into which the largest floats may be rounded.
-inline bool splits(uint32_t largest) {
-  constexpr uint32_t kInfinity = 0x7f800000 - 0x8000, kTiny = (127 - 50) << 23;  // 2^-50
-  return largest == 0 || (largest >= kTiny && largest < kInfinity);
+// Whether products of parts are neither lost below the range of floats nor beyond it, nor made NaN by an infinity's
+// missing parts, into which the largest floats may be rounded. a, b: bits of the largest elements of the factors
+inline bool splits(uint32_t a, uint32_t b) {
+  constexpr uint32_t kInfinity = 0x7f800000 - 0x8000;
+  constexpr int kRange = 100;
+  if (a >= kInfinity || b >= kInfinity) return false;
+  const int x = int(a >> 23) - 127, y = int(b >> 23) - 127;  // exponents
+  return a == 0 || b == 0 || (x >= -kRange && y >= -kRange && x + y >= -kRange && x + y <= kRange);
 }
 
 template <int kParts, class Epilogue>
@@ -282,11 +292,11 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
     const int64_t n = depth - k < step ? depth - k : step, steps = split_steps(n);
     const bool last = k + step >= depth;
-    bool fine = splits(pack_split<kParts, false>(b, col, cols, k, n, w.turned, w.b));
+    const uint32_t bits = pack_split<kParts, false>(b, col, cols, k, n, w.turned, w.b);
     for (int64_t taken = 0; taken < rows; taken += take) {
       const int64_t count = rows - taken < take ? rows - taken : take;
-      fine = fine && splits(pack_split<kParts, true>(a, row + taken, count, k, n, w.turned, w.a));
-      if (!fine) {  // rows before these are finished or, where the depth goes on, taken anew
+      if (!splits(pack_split<kParts, true>(a, row + taken, count, k, n, w.turned, w.a), bits)) {
+        // rows before these are finished or, where the depth goes on, taken anew
         const int64_t done = last ? taken : 0;
         return matmul<MathFma<float>>(a, b, row + done, rows - done, col, cols, depth, w.plain, epilogue);
       }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from .._precision import float32_parts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -13,10 +14,10 @@ _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, float softcap, float z_loss, "
     "float label_smoothing"
 )
-_library.LIBRARY.define(f"linear_cross_entropy_fwd({_ARGUMENTS}) -> Tensor")
+_library.LIBRARY.define(f"linear_cross_entropy_fwd({_ARGUMENTS}, int parts=3) -> Tensor")
 _library.LIBRARY.define(
-    f"linear_cross_entropy_bwd(Tensor dloss, {_ARGUMENTS}, bool need_dhidden, bool need_dweight, bool need_dbias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"linear_cross_entropy_bwd(Tensor dloss, {_ARGUMENTS}, bool need_dhidden, bool need_dweight, bool need_dbias, "
+    "int parts=3) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 forward_op = torch.ops.lmkernels.linear_cross_entropy_fwd.default
 backward_op = torch.ops.lmkernels.linear_cross_entropy_bwd.default
@@ -27,7 +28,7 @@ def _accumulator(hidden: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("lmkernels::linear_cross_entropy_fwd", lib=_library.LIBRARY)
-def _(hidden, weight, bias, labels, ignore_index, softcap, z_loss, label_smoothing):
+def _(hidden, weight, bias, labels, ignore_index, softcap, z_loss, label_smoothing, parts=3):
     return hidden.new_empty(hidden.shape[0], dtype=_accumulator(hidden))
 
 
@@ -45,6 +46,7 @@ def _(
     need_dhidden,
     need_dweight,
     need_dbias,
+    parts=3,
 ):
     acc = _accumulator(hidden)
     return (
@@ -76,7 +78,8 @@ def forward(
     label_smoothing: float,
 ) -> Tensor:
     """The loss of each token, (t,) float32 (float64 for float64), 0 where it is ignored."""
-    return forward_op(hidden, weight, bias, labels, ignore_index, softcap, z_loss, label_smoothing)
+    options = (ignore_index, softcap, z_loss, label_smoothing)
+    return forward_op(hidden, weight, bias, labels, *options, float32_parts())
 
 
 def backward(
@@ -99,4 +102,4 @@ def backward(
     """
     options = (ignore_index, softcap, z_loss, label_smoothing)
     needs = (need_dhidden, need_dweight, need_dbias)
-    return backward_op(dloss, hidden, weight, bias, labels, *options, *needs)
+    return backward_op(dloss, hidden, weight, bias, labels, *options, *needs, float32_parts())
