@@ -121,9 +121,12 @@ void split_pack_task(const LossArgs& a, int64_t task, void* scratch) {
   const Matrix hidden = gather_hidden(a, token, have, s.hidden), across = transposed(hidden);
   m.bits[task] =
       pack_split<kParts, false>(hidden, 0, have, 0, a.depth, s.turned, m.columns + token * m.column_elements);
-  for (int64_t col = 0; a.dweight && col < a.depth; col += kSplitSide)
-    pack_split<kParts, false>(across, col, least(kSplitSide, a.depth - col), 0, have, s.turned,
-                              m.rows + col * m.row_elements + task * MathSplit<kParts>::kStep);
+  for (int64_t col = 0; a.dweight && col < a.depth; col += kSplitSide) {
+    uint32_t* rows = m.rows + col * m.row_elements + task * MathSplit<kParts>::kStep;
+    pack_split<kParts, false>(across, col, least(kSplitSide, a.depth - col), 0, have, s.turned, rows);
+    // derivatives that are zeros in their stead must not meet an infinity
+    if (!splits(m.bits[task], 0)) memset(rows, 0, MathSplit<kParts>::kStep * sizeof(uint32_t));
+  }
 }
 
 template <int kParts>

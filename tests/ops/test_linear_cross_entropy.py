@@ -78,6 +78,90 @@ def test_loss_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backend)
     )
 
 
+# of logits in the hundreds a relative error is a large absolute one, and so is the loss's
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("case", [case for case in cases.LINEAR_CROSS_ENTROPY if case.spread < 100], ids=str)
+def test_factors_are_rounded_only_as_far_as_torchs_precision_says(case, precision, matmul_precision, native):
+    matmul_precision(precision)
+    test_loss_and_gradients_are_as_accurate_as_plain_torch(case, torch.float32, native)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("highest", 5e-7), ("high", 1e-5), ("medium", 6e-3)])
+@pytest.mark.parametrize("case", [CASE["everything odd"], CASE["everything at once"]], ids=str)
+def test_what_a_precision_costs(case, precision, bound, matmul_precision, native):
+    """Relative to the norm."""
+    matmul_precision(precision)
+    inputs = case.make(torch.float32)
+    loss, gradients = gradients_of(linear_cross_entropy, inputs, backend=native, **case.options)
+    double = numerics.in_dtype(inputs, torch.float64)
+    exact_loss, exact = gradients_of(linear_cross_entropy, double, backend="reference", **case.options)
+    assert (loss.double() - exact_loss).norm() < bound * exact_loss.norm()
+    for name, expected in exact.items():
+        assert (gradients[name].double() - expected).norm() < bound * expected.norm(), name
+
+
+def test_lower_precision_is_taken_up_where_the_cpu_is_faster_with_it(matmul_precision, native):
+    inputs, found = CASE["several blocks"].make(torch.float32), {}
+    for precision in ("highest", "high", "medium"):
+        matmul_precision(precision)
+        found[precision] = gradients_of(linear_cross_entropy, inputs, reduction="none", backend=native)
+        with torch.no_grad():  # which goes another way
+            alone = linear_cross_entropy(**inputs, reduction="none", backend=native)
+        torch.testing.assert_close(found[precision][0], alone, rtol=1e-6, atol=1e-6)
+    isa = torch.ops.lmkernels.cpu_isa()
+    for precision, isas in (("high", ("amx",)), ("medium", ("amx", "avx512bf16"))):
+        (loss, gradients), (exact_loss, exact) = found[precision], found["highest"]
+        assert torch.equal(loss, exact_loss) == (isa not in isas)
+        for name in gradients:
+            assert torch.equal(gradients[name], exact[name]) == (isa not in isas)
+
+
+# 70 tokens are panels of 32, 32 and 6; the first and the last go by multiply-adds where tiles would lose an infinity
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3.4e38], ids=str)
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_what_is_no_number_stays_where_it_belongs(where, value, precision, matmul_precision, native):
+    matmul_precision(precision)
+    inputs = cases.LossCase("", 70, 150, 40, counted=1.0, bias=True).make(torch.float32)
+    for row in (3, 68):
+        inputs[where][row, row % 7] = value
+    options = {"reduction": "none", "softcap": 0.0, "z_loss": 0.0, "label_smoothing": 0.0}
+    loss, gradients = gradients_of(linear_cross_entropy, inputs, reduction="none", backend=native)
+    torchs_loss, torchs = gradients_of(plain, inputs, **options)
+    torch.testing.assert_close(loss, torchs_loss, rtol=2e-5, atol=1e-5, equal_nan=True)
+    assert not loss.isfinite().all()
+    for name, expected in torchs.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("scales", [(2.0**-60, 2.0**60), (2.0**115, 2.0**-115), (2.0**-120, 2.0**120)], ids=str)
+def test_float32_keeps_its_digits_over_its_whole_range(scales, precision, matmul_precision, native):
+    """The loss stays as it is, and gradients are scaled with the other factor."""
+    matmul_precision(precision)
+    inputs = CASE["one loss per token"].make(torch.float32)
+    scaled = inputs | {"hidden": inputs["hidden"] * scales[0], "weight": inputs["weight"] * scales[1]}
+    loss, expected = gradients_of(linear_cross_entropy, inputs, reduction="none", backend=native)
+    scaled_loss, gradients = gradients_of(linear_cross_entropy, scaled, reduction="none", backend=native)
+    tolerance = 1e-6 if precision == "highest" else 3e-5
+    torch.testing.assert_close(scaled_loss, loss, rtol=tolerance, atol=tolerance)
+    for name, scale in (("hidden", scales[0]), ("weight", scales[1])):
+        atol = tolerance * expected[name].abs().max().item()
+        torch.testing.assert_close(gradients[name] * scale, expected[name], rtol=0, atol=atol)
+
+
+# derivatives of 2^-70 still go by tiles, those of 2^-105 no more; the others are of the usual size
+@pytest.mark.parametrize("scale", [2.0**-70, 2.0**-105])
+def test_tiny_gradients_keep_their_digits(scale, native):
+    inputs = cases.LossCase("", 96, 150, 40, counted=1.0).make(torch.float32)
+    scales = torch.ones(96)
+    scales[64:] = scale
+    hidden = inputs["hidden"].requires_grad_()
+    (expected,) = torch.autograd.grad(linear_cross_entropy(**inputs, reduction="none").sum(), hidden)
+    (actual,) = torch.autograd.grad(linear_cross_entropy(**inputs, reduction="none"), hidden, scales)
+    torch.testing.assert_close(actual / scales[:, None], expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_triton_adds_up_chunks_of_tokens(dtype, triton, monkeypatch):
     monkeypatch.setattr(api.BACKENDS[triton], "CHUNK", 1)
