@@ -48,6 +48,7 @@ struct LossKernels {
   int64_t panel;                                               // tokens side by side in a product: chunks are multiples
   int64_t row_unit;                                            // vocab_block is a multiple
   int64_t split_unit;                                          // split_rows is a multiple
+  int64_t hidden_cols;                                         // of dhidden in a task, at most
   int64_t (*shared)(const LossArgs&);                          // bytes
   int64_t (*scratch)(const LossArgs&);                         // bytes
   void (*pack)(const LossArgs&, int64_t task, void* scratch);  // panels of tokens

@@ -18,12 +18,13 @@ std::vector<int64_t> counted_tokens(const Tensor& labels, int64_t vocab, int64_t
   return tokens;
 }
 
-// Blocks and chunks follow from the shape alone, so the results do not depend on threads.
+// Blocks and chunks follow from the shape alone, so the results do not depend on threads. Columns decide no bit: where
+// there are more threads than splits, they share those of dhidden.
 void choose_loss_blocks(lmk::LossArgs& a, const lmk::LossKernels& kernels, int64_t count) {
   // Bytes of a chunk's logits. The weight and its gradient are read once per chunk, so large chunks are fast; where
   // dweight has 16 bits its sums need memory beside them.
   constexpr int64_t kLogits = 144 << 20, kLogitsBesideSums = 88 << 20;
-  constexpr int64_t kMostTokens = 768, kBlocks = 64, kMostRows = 384, kSplits = 16, kCols = 384;
+  constexpr int64_t kMostTokens = 768, kBlocks = 64, kMostRows = 384, kSplits = 16;
   const auto up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
   int64_t most = kMostTokens;
   if (a.keep_logits) {
@@ -36,7 +37,8 @@ void choose_loss_blocks(lmk::LossArgs& a, const lmk::LossKernels& kernels, int64
   a.vocab_block = std::min(up((a.vocab + kBlocks - 1) / kBlocks, kernels.row_unit), up(kMostRows, kernels.row_unit));
   a.split_rows = up((a.vocab + kSplits - 1) / kSplits, kernels.split_unit);
   a.splits = (a.vocab + a.split_rows - 1) / a.split_rows;
-  a.hidden_cols_per_task = kCols;
+  const int64_t shares = (torch::stable::get_num_threads() + a.splits - 1) / a.splits;
+  a.hidden_cols_per_task = std::min(kernels.hidden_cols, up((a.depth + shares - 1) / shares, 64));
 }
 
 void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& tokens) {

@@ -38,6 +38,10 @@ void gemm_in_parts(GemmArgs<M> g, int64_t rows, int64_t vecs, bool add) {
 template <class M>
 constexpr int64_t kLossDepth = kByTiles<M> ? 192 : kMatmulDepth<M>;
 
+// Rows of the weight that are taken at once.
+template <class M>
+constexpr int64_t kLossRows = kBySplit<M> ? 2 * kMatmulRows : kMatmulRows;
+
 // Elements that one of a panel's lines takes, packed over n of the depth.
 template <class M>
 int64_t packed_elements(int64_t n) {
@@ -132,7 +136,7 @@ void finish_logits(const LossArgs& a, const LossMemory<M>& m, int64_t block, int
   using T = typename M::Acc;
   using V = typename M::V;
   constexpr int64_t kPanel = panel_of<M>(), kLanes = V::kLanes;
-  T bias[kMatmulRows];
+  T bias[kLossRows<M>];
   if (a.bias) load_row(a.bias_dtype, static_cast<const char*>(a.bias) + row * element_size(a.bias_dtype), n, bias);
   const bool capped = a.softcap > 0;
   const V cap = V::set1(T(a.softcap)), inverse = V::set1(capped ? T(1) / T(a.softcap) : T(0));
@@ -424,18 +428,9 @@ namespace {
 
 template <class M>
 constexpr LossKernels loss_of() {
-  return {sizeof(typename M::Acc),
-          panel_of<M>(),
-          kMatmulRows,
-          kLossDepth<M> * M::kPack,
-          loss_shared<M>,
-          loss_scratch<M>,
-          pack_task<M>,
-          logits_task<M>,
-          loss_task<M>,
-          dweight_task<M>,
-          dhidden_task<M>,
-          dhidden_sum_task<M>};
+  return {sizeof(typename M::Acc), panel_of<M>(),   kMatmulRows,        kLossDepth<M> * M::kPack, 384,
+          loss_shared<M>,          loss_scratch<M>, pack_task<M>,       logits_task<M>,           loss_task<M>,
+          dweight_task<M>,         dhidden_task<M>, dhidden_sum_task<M>};
 }
 
 // Where there are tiles, of so many parts to an element.
@@ -446,7 +441,8 @@ constexpr LossKernels loss_of_float() {
   return {sizeof(float),
           kSplitSide,
           kMatmulRows,
-          kSplitDepth,
+          kDhiddenDepth<kParts>,
+          kDhiddenCols,
           loss_shared<M>,
           split_scratch<kParts>,
           split_pack_task<kParts>,

@@ -50,6 +50,11 @@ inline TileShapes whole_tiles() {
   return shapes;
 }
 
+// Of the vocabulary, that dhidden's product takes at once: what is packed of it leaves room in the L2 cache.
+template <int kParts>
+constexpr int64_t kDhiddenDepth = kSplitDepth / kParts;
+constexpr int64_t kDhiddenCols = 768;
+
 // Memory of a task of each kind.
 template <int kParts>
 struct SplitPackScratch {
@@ -63,30 +68,36 @@ struct SplitPackScratch {
 
 template <int kParts>
 struct SplitLogitsScratch {
-  MatmulScratch<MathSplit<kParts>> w;
-  MatmulScratch<MathFma<float>> plain;
+  static constexpr int64_t kRows = kLossRows<MathSplit<kParts>>;
+  uint32_t *turned, *packed;
+  float *sum, *passing;
   void* hidden;
-  float* passing;
-  SplitLogitsScratch(const LossArgs& a, Arena& arena)
-      : w(kMatmulRows, kSplitSide, a.depth, arena),
-        plain(kMatmulRows, kSplitSide, least(a.depth, kSplitDepth), arena),
-        hidden(arena.take<float>(kSplitSide * a.depth)),
-        passing(arena.take<float>(a.keep_logits ? 0 : kMatmulRows * round_up(a.capacity, kSplitSide))) {}
+  MatmulScratch<MathFma<float>> plain;
+  SplitLogitsScratch(const LossArgs& a, Arena& arena) {
+    const int64_t depth = least(a.depth, kSplitDepth);
+    turned = arena.take<uint32_t>(kParts * kTileSide * kRows);
+    packed = arena.take<uint32_t>(kRows * packed_elements<MathSplit<kParts>>(depth));
+    sum = arena.take<float>(kSplitSide * kSplitSide);
+    passing = arena.take<float>(a.keep_logits ? 0 : kRows * round_up(a.capacity, kSplitSide));
+    hidden = arena.take<float>(kSplitSide * a.depth);
+    plain = MatmulScratch<MathFma<float>>(kRows, kSplitSide, depth, arena);
+  }
 };
 
 template <int kParts>
 struct SplitDweightScratch {
+  static constexpr int64_t kRows = kLossRows<MathSplit<kParts>>;
   uint32_t *turned, *packed;
-  float *sums, *sum;
-  MatmulScratch<MathFma<float>> plain;
+  float *sum, *sums;
   void* hidden;
+  MatmulScratch<MathFma<float>> plain;
   SplitDweightScratch(const LossArgs& a, const LossMemory<MathSplit<kParts>>& m, Arena& arena) {
     turned = arena.take<uint32_t>(kParts * kTileSide * kTileSide);
-    packed = arena.take<uint32_t>(kMatmulRows * m.row_elements);
-    sums = arena.take<float>(kMatmulRows * m.width);
+    packed = arena.take<uint32_t>(kRows * m.row_elements);
     sum = arena.take<float>(kSplitSide * kSplitSide);
-    plain = MatmulScratch<MathFma<float>>(kSplitSide, a.depth, kSplitSide, arena);
+    sums = arena.take<float>(kRows * m.width);
     hidden = arena.take<float>(kSplitSide * a.depth);
+    plain = MatmulScratch<MathFma<float>>(kSplitSide, a.depth, kSplitSide, arena);
   }
 };
 
@@ -94,8 +105,8 @@ template <int kParts>
 struct SplitDhiddenScratch {
   MatmulScratch<MathSplit<kParts>> w;
   MatmulScratch<MathFma<float>> plain;
-  SplitDhiddenScratch(const LossArgs& a, int64_t cols, Arena& arena)
-      : w(kSplitSide, cols, kSplitDepth, arena), plain(kSplitSide, cols, kSplitDepth, arena) {}
+  SplitDhiddenScratch(int64_t cols, Arena& arena)
+      : w(kSplitSide, cols, kDhiddenDepth<kParts>, arena), plain(kSplitSide, cols, kDhiddenDepth<kParts>, arena) {}
 };
 
 template <int kParts>
@@ -105,7 +116,7 @@ int64_t split_scratch(const LossArgs& a) {
   SplitPackScratch<kParts>(a, pack);
   SplitLogitsScratch<kParts>(a, logits);
   if (a.keep_logits) SplitDweightScratch<kParts>(a, m, dweight);
-  if (a.keep_logits) SplitDhiddenScratch<kParts>(a, least(a.depth, a.hidden_cols_per_task), dhidden);
+  if (a.keep_logits) SplitDhiddenScratch<kParts>(least(a.depth, a.hidden_cols_per_task), dhidden);
   int64_t most = 0;
   for (const int64_t used : {pack.used(), logits.used(), dweight.used(), dhidden.used()})
     most = most < used ? used : most;
@@ -138,20 +149,20 @@ void split_logits_task(const LossArgs& a, int64_t task, void* scratch) {
   const TileShapes shapes = whole_tiles();
   start_block(m, task);
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
-  for (int64_t row = task * a.vocab_block; row < end; row += kMatmulRows) {
-    const int64_t n = least(kMatmulRows, end - row);
+  for (int64_t row = task * a.vocab_block; row < end; row += s.kRows) {
+    const int64_t n = least(s.kRows, end - row);
     for (int64_t k = 0; k == 0 || k < a.depth; k += kSplitDepth) {
       const int64_t depth = least(kSplitDepth, a.depth - k), steps = split_steps(depth);
-      const uint32_t bits = pack_split<kParts, true>(a.weight, row, n, k, depth, s.w.turned, s.w.a);
+      const uint32_t bits = pack_split<kParts, true>(a.weight, row, n, k, depth, s.turned, s.packed);
       shapes.load();
       for (int64_t token = 0; token < a.count; token += kSplitSide) {
         const int64_t have = least(kSplitSide, a.count - token);
-        float* c = a.keep_logits ? m.logits + token * m.vocab + row * kSplitSide : s.passing + token * kMatmulRows;
+        float* c = a.keep_logits ? m.logits + token * m.vocab + row * kSplitSide : s.passing + token * s.kRows;
         if (splits(bits, m.bits[token / kSplitSide]))
           for (int64_t i = 0; i < n; i += kSplitSide)
-            multiply_split<kParts>(s.w.a + i / kSplitSide * steps * M::kStep,
+            multiply_split<kParts>(s.packed + i / kSplitSide * steps * M::kStep,
                                    m.columns + token * m.column_elements + k / kSplitSide * M::kStep, steps,
-                                   c + i * kSplitSide, kSplitSide, k > 0, s.w.sum, a.compute == DType::f16);
+                                   c + i * kSplitSide, kSplitSide, k > 0, s.sum, a.compute == DType::f16);
         else
           multiply_plain(part_of(a.weight, row, k), part_of(gather_hidden(a, token, have, s.hidden), 0, k), n,
                          kSplitSide, depth, s.plain, c, kSplitSide, k > 0);
@@ -171,8 +182,8 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
   const SplitDweightScratch<kParts> s(a, m, own);
   const TileShapes shapes = whole_tiles();
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
-  for (int64_t row = task * a.vocab_block; row < end; row += kMatmulRows) {
-    const int64_t n = least(kMatmulRows, end - row);
+  for (int64_t row = task * a.vocab_block; row < end; row += s.kRows) {
+    const int64_t n = least(s.kRows, end - row);
     bool begun = false;  // sums by multiply-adds
     for (int64_t token = 0; token < a.count; token += kSplitSide) {
       const int64_t have = least(kSplitSide, a.count - token);
@@ -184,7 +195,7 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
         const uint32_t bits = pack_split<kParts, true>(derivatives, i, rows, 0, have, s.turned, packed);
         if (splits(bits, m.bits[token / kSplitSide])) continue;
         memset(packed, 0, M::kStep * sizeof(uint32_t));
-        if (!begun) memset(s.sums, 0, kMatmulRows * m.width * sizeof(float));
+        if (!begun) memset(s.sums, 0, s.kRows * m.width * sizeof(float));
         begun = true;
         multiply_plain(part_of(derivatives, i, 0), transposed(gather_hidden(a, token, have, s.hidden)), rows, a.depth,
                        have, s.plain, s.sums + i * m.width, m.width, true);
@@ -210,11 +221,11 @@ void split_dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
   const int64_t split = task / blocks, col = task % blocks * a.hidden_cols_per_task;
   const int64_t cols = least(a.hidden_cols_per_task, a.depth - col);
   const int64_t begin = split * a.split_rows, end = least(a.vocab, begin + a.split_rows);
-  const SplitDhiddenScratch<kParts> s(a, cols, own);
+  const SplitDhiddenScratch<kParts> s(cols, own);
   const TileShapes shapes = whole_tiles();
   const Matrix weight = transposed(a.weight);
-  for (int64_t k = begin; k < end; k += kSplitDepth) {
-    const int64_t n = least(kSplitDepth, end - k), steps = split_steps(n);
+  for (int64_t k = begin; k < end; k += kDhiddenDepth<kParts>) {
+    const int64_t n = least(kDhiddenDepth<kParts>, end - k), steps = split_steps(n);
     const uint32_t bits = pack_split<kParts, false>(weight, col, cols, k, n, s.w.turned, s.w.b);
     shapes.load();
     for (int64_t token = 0; token < a.count; token += kSplitSide) {
