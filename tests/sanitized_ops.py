@@ -115,6 +115,14 @@ def linear_cross_entropy(dtype: torch.dtype) -> Iterator[str]:
         inputs = {"hidden": torch.randn(rows, d), "weight": torch.randn(vocab, d), "bias": torch.randn(vocab)}
         inputs = {name: x.to(dtype) for name, x in inputs.items()}
         results(native(lmk.linear_cross_entropy), {**inputs, "labels": labels}, inputs, **some)
+    for precision, weight in itertools.product(("highest", "high"), (torch.randn(203, 801), torch.randn(801, 203).t())):
+        yield f"rows and infinities at {precision} precision, strides {weight.stride()}"
+        hidden = torch.randn(77, 801)
+        hidden[70, 5] = torch.inf
+        inputs = {"hidden": hidden.to(dtype), "weight": weight.to(dtype)}
+        torch.set_float32_matmul_precision(precision)
+        results(native(lmk.linear_cross_entropy), {**inputs, "labels": torch.arange(77)}, inputs)
+    torch.set_float32_matmul_precision("highest")
 
 
 def mlp(dtype: torch.dtype) -> Iterator[str]:

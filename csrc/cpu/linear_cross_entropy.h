@@ -59,7 +59,10 @@ struct LossKernels {
   void (*dhidden_sum)(const LossArgs&, int64_t task, void* scratch);  // panels
 };
 
+constexpr int kLossOfFew =
+    4;  // the row, after those of DType, for so few tokens that the weight is not worth splitting
+
 // parts: as linear_kernels takes them
-const LossKernels& loss_kernels(DType compute, int64_t parts);
+const LossKernels& loss_kernels(DType compute, int64_t parts, int64_t tokens);
 
 }  // namespace lmk

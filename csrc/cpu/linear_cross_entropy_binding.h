@@ -42,8 +42,8 @@ void choose_loss_blocks(lmk::LossArgs& a, const lmk::LossKernels& kernels, int64
 }
 
 void run_loss(lmk::LossArgs& a, const Tensor& like, const std::vector<int64_t>& tokens) {
-  const lmk::LossKernels& kernels = lmk::loss_kernels(a.compute, a.parts);
   const int64_t count = int64_t(tokens.size());
+  const lmk::LossKernels& kernels = lmk::loss_kernels(a.compute, a.parts, count);
   choose_loss_blocks(a, kernels, count);
   Tensor low, shared = new_tensor(like, {kernels.shared(a)}, ScalarType::Byte);
   if (a.dweight && lmk::element_size(a.dweight_dtype) == 2 && count > a.capacity) {

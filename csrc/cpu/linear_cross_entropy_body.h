@@ -456,9 +456,9 @@ constexpr LossKernels loss_of_float() {
 #endif
 }
 
-// One row per DType, in its order.
+// One row per DType, in its order, and kLossOfFew.
 constexpr LossKernels kLoss[] = {loss_of_float<3>(), loss_of<MathForBf16>(), loss_of_float<2>(),
-                                 loss_of<MathFma<double>>()};
+                                 loss_of<MathFma<double>>(), loss_of<MathFma<float>>()};
 
 }  // namespace
 }  // namespace LMK_NS

@@ -149,15 +149,15 @@ void split_logits_task(const LossArgs& a, int64_t task, void* scratch) {
   const TileShapes shapes = whole_tiles();
   start_block(m, task);
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
-  for (int64_t row = task * a.vocab_block; row < end; row += s.kRows) {
-    const int64_t n = least(s.kRows, end - row);
+  for (int64_t row = task * a.vocab_block; row < end; row += kLossRows<M>) {
+    const int64_t n = least(kLossRows<M>, end - row);
     for (int64_t k = 0; k == 0 || k < a.depth; k += kSplitDepth) {
       const int64_t depth = least(kSplitDepth, a.depth - k), steps = split_steps(depth);
       const uint32_t bits = pack_split<kParts, true>(a.weight, row, n, k, depth, s.turned, s.packed);
       shapes.load();
       for (int64_t token = 0; token < a.count; token += kSplitSide) {
         const int64_t have = least(kSplitSide, a.count - token);
-        float* c = a.keep_logits ? m.logits + token * m.vocab + row * kSplitSide : s.passing + token * s.kRows;
+        float* c = a.keep_logits ? m.logits + token * m.vocab + row * kSplitSide : s.passing + token * kLossRows<M>;
         if (splits(bits, m.bits[token / kSplitSide]))
           for (int64_t i = 0; i < n; i += kSplitSide)
             multiply_split<kParts>(s.packed + i / kSplitSide * steps * M::kStep,
@@ -182,8 +182,8 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
   const SplitDweightScratch<kParts> s(a, m, own);
   const TileShapes shapes = whole_tiles();
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
-  for (int64_t row = task * a.vocab_block; row < end; row += s.kRows) {
-    const int64_t n = least(s.kRows, end - row);
+  for (int64_t row = task * a.vocab_block; row < end; row += kLossRows<M>) {
+    const int64_t n = least(kLossRows<M>, end - row);
     bool begun = false;  // sums by multiply-adds
     for (int64_t token = 0; token < a.count; token += kSplitSide) {
       const int64_t have = least(kSplitSide, a.count - token);
@@ -195,7 +195,7 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
         const uint32_t bits = pack_split<kParts, true>(derivatives, i, rows, 0, have, s.turned, packed);
         if (splits(bits, m.bits[token / kSplitSide])) continue;
         memset(packed, 0, M::kStep * sizeof(uint32_t));
-        if (!begun) memset(s.sums, 0, s.kRows * m.width * sizeof(float));
+        if (!begun) memset(s.sums, 0, kLossRows<M> * m.width * sizeof(float));
         begun = true;
         multiply_plain(part_of(derivatives, i, 0), transposed(gather_hidden(a, token, have, s.hidden)), rows, a.depth,
                        have, s.plain, s.sums + i * m.width, m.width, true);
