@@ -13,9 +13,10 @@
 
 namespace lmk {
 
-const AttentionKernels& attention_kernels(DType dtype) {
+const AttentionKernels& attention_kernels(DType dtype, int64_t parts) {
+  constexpr int kFloatInParts = 4;
   static constexpr const AttentionKernels* kTable[] = LMK_ISA_TABLE(kAttention);
-  return kTable[static_cast<int>(isa())][static_cast<int>(dtype)];
+  return kTable[static_cast<int>(isa())][dtype == DType::f32 && parts < 3 ? kFloatInParts : static_cast<int>(dtype)];
 }
 
 }  // namespace lmk

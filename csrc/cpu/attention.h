@@ -105,6 +105,8 @@ struct AttentionKernels {
   void (*dbias)(const AttentionArgs&, int64_t task, void* scratch);  // blocks of the bias
 };
 
-const AttentionKernels& attention_kernels(DType dtype);
+// parts: the bfloat16 whose sum a factor in float32 may be rounded to; 3 round nothing, fewer are taken for 2. Kernels
+// that do not multiply it in parts take it as it is.
+const AttentionKernels& attention_kernels(DType dtype, int64_t parts);
 
 }  // namespace lmk

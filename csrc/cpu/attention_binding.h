@@ -183,7 +183,7 @@ int64_t keys_of(const Sequences& sequences) {
 }
 
 // Writes all of out and lse.
-void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out, Tensor& lse) {
+void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out, Tensor& lse, int64_t parts) {
   check_distances(a, sequences);
   if (lse.numel() == 0) return;
   if (queries_of(sequences) * a.heads < lse.numel()) {
@@ -193,7 +193,7 @@ void run_attention_fwd(lmk::AttentionArgs& a, Sequences& sequences, Tensor& out,
   a.out = out.mutable_data_ptr(), a.lse = lse.mutable_data_ptr();
   constexpr int64_t kTasksPerThread = 4, kMostRows = 512, kLeastRows = 48, kCacheBytes = 256 * 1024;
   constexpr int64_t kSplitShares = 128, kSplitUnit = 64, kLeastSplit = 256;
-  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
+  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype, parts);
   const int64_t group = a.heads / a.heads_kv;
   const auto takes_split = [&](const lmk::Sequence& s) { return group * s.seq_q <= lmk::kFewRows; };
   int64_t all_rows = 0;
@@ -249,8 +249,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
                                          const OptionalTensor& mask, const OptionalTensor& bias,
                                          const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
                                          const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
-                                         int64_t right, int64_t offset, double scale, double softcap,
-                                         double dropout_p) {
+                                         int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
+                                         int64_t parts) {
   const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
   lmk::AttentionArgs a = attention_args(
       q, k, v, {mask, bias, alibi_slopes, sink, kv_lengths, seed, left, right, scale, softcap, dropout_p}, q.size(0),
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
   Tensor out = new_tensor(q, {q.size(0), a.seq_q, a.heads, a.head_dim_v});
   Tensor lse = new_tensor(q, {q.size(0), a.heads, a.seq_q}, accumulator(q));
   Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
-  run_attention_fwd(a, sequences, out, lse);
+  run_attention_fwd(a, sequences, out, lse, parts);
   return {out, lse};
 }
 
@@ -302,7 +302,7 @@ void store_sums(const std::vector<double>& sums, Tensor& x) {
 AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences, const OptionalTensor& dout_,
                                      const OptionalTensor& dlse_, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& out, const Tensor& lse, const AttentionOptions& o, bool need_dbias,
-                                     bool need_dslopes, bool need_dsink, bool deterministic) {
+                                     bool need_dslopes, bool need_dsink, bool deterministic, int64_t parts) {
   check_distances(a, sequences);
   const OptionalTensor dlse = dlse_ ? OptionalTensor(torch::stable::contiguous(*dlse_)) : dlse_;
   const Tensor dout = dout_ ? dense(*dout_, q.dim()) : torch::stable::new_zeros(out, out.sizes());
@@ -335,7 +335,7 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
     for (Tensor* x : {&dk, &dv}) torch::stable::zero_(*x);
   a.dq = dq.mutable_data_ptr(), a.dk = dk.mutable_data_ptr(), a.dv = dv.mutable_data_ptr();
 
-  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype);
+  const lmk::AttentionKernels& kernels = lmk::attention_kernels(a.dtype, parts);
   const int64_t group = a.heads / a.heads_kv, wide = (a.head_dim + kernels.lanes - 1) / kernels.lanes * kernels.lanes;
   divide_backward(a, kernels, deterministic, sequences);
   AttentionTasks tasks, finishes;
@@ -404,14 +404,15 @@ AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTenso
                                  const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
                                  const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
                                  int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
-                                 bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic) {
+                                 bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
+                                 int64_t parts) {
   const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
   const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
                                  left, right, scale,        softcap, dropout_p};
   lmk::AttentionArgs a = attention_args(q, k, v, options, q.size(0), q.size(1), k.size(1));
   Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
   return run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes, need_dsink,
-                           deterministic);
+                           deterministic, parts);
 }
 
 }  // namespace

@@ -10,9 +10,15 @@ namespace {
 
 constexpr int64_t kBwdGroups = 4;  // groups of queries whose products with a panel of keys are added at once
 
+// Of rounded factors: nothing is gained by the product of their small parts.
+template <int kParts>
+using BwdWork = TileWork<kParts == 1 ? 1 : 3>;
+
+template <int kParts>
 struct BwdTiles {
   int64_t q_depth, v_depth, q_wide, v_wide;  // d and d_v in pairs, to whole tiles, and in elements, to two of them
   int64_t block, groups, panels;             // keys packed at once; groups of a key head; panels of a block
+  // in parts, by what a step reads
   uint32_t *k, *v, *kt;            // keys (block, q_depth), values (block, v_depth); keys (panels, q_wide, 16)
   uint32_t *q, *dout;              // (kBwdGroups, q_depth, kSide), of d_v likewise
   uint32_t *q_pairs, *dout_pairs;  // (kBwdGroups, kTileSide, q_wide): query i and i + kTileSide
@@ -31,18 +37,18 @@ struct BwdTiles {
     q_depth = round_up((a.head_dim + 1) / 2, kTileSide), v_depth = round_up((a.head_dim_v + 1) / 2, kTileSide);
     q_wide = round_up(a.head_dim, kSide), v_wide = round_up(a.head_dim_v, kSide);
     groups = (a.most_rows + kSide - 1) / kSide, panels = block / kSide;
-    k = arena.take<uint32_t>(block * q_depth);
-    v = arena.take<uint32_t>(block * v_depth);
-    kt = arena.take<uint32_t>(block / 2 * q_wide);
-    q = arena.take<uint32_t>(kBwdGroups * q_depth * kSide);
-    dout = arena.take<uint32_t>(kBwdGroups * v_depth * kSide);
-    q_pairs = arena.take<uint32_t>(kBwdGroups * kTileSide * q_wide);
-    dout_pairs = arena.take<uint32_t>(kBwdGroups * kTileSide * v_wide);
-    p = arena.take<uint32_t>(kBwdGroups * kPanelPairs);
-    ds = arena.take<uint32_t>(kBwdGroups * kPanelPairs);
-    ds_pairs = arena.take<uint32_t>(panels * kBwdGroups * kPanelPairs);
+    k = arena.take<uint32_t>(kParts * block * q_depth);
+    v = arena.take<uint32_t>(kParts * block * v_depth);
+    kt = arena.take<uint32_t>(kParts * block / 2 * q_wide);
+    q = arena.take<uint32_t>(kParts * kBwdGroups * q_depth * kSide);
+    dout = arena.take<uint32_t>(kParts * kBwdGroups * v_depth * kSide);
+    q_pairs = arena.take<uint32_t>(kParts * kBwdGroups * kTileSide * q_wide);
+    dout_pairs = arena.take<uint32_t>(kParts * kBwdGroups * kTileSide * v_wide);
+    p = arena.take<uint32_t>(kParts * kBwdGroups * kPanelPairs);
+    ds = arena.take<uint32_t>(kParts * kBwdGroups * kPanelPairs);
+    ds_pairs = arena.take<uint32_t>(kParts * panels * kBwdGroups * kPanelPairs);
     const int64_t widest = q_wide > v_wide ? q_wide : v_wide;
-    buffer = arena.take<uint32_t>(kTileSide * widest);
+    buffer = arena.take<uint32_t>(kParts * kTileSide * widest);
     zeros = arena.take<uint32_t>(widest);
     s = arena.take<float>(kSquare);
     dp = arena.take<float>(kSquare);
@@ -63,41 +69,45 @@ struct PanelKept {
 };
 
 // Makes them while the tiles multiply: steps of `work` in between.
-[[gnu::noinline]] inline PanelKept keep_panel(SomeKept kept, TileWork& work) {
+template <int kProducts>
+[[gnu::noinline]] PanelKept keep_panel(SomeKept kept, TileWork<kProducts>& work) {
   PanelKept panel;
   const auto four_keys = [&](int64_t first) __attribute__((always_inline)) {
     kept.four_keys(first);
     for (int64_t key = first; key < first + 4; ++key)
       for (int half = 0; half < 2; ++half) panel.keep[key][half] = kept.keeps(key, half);
   };
+  constexpr int kQuarters = TileWork<kProducts>::kQuarters;
   for (int64_t key = 0; key < kSide; key += 8) {
-    work.quarter<0>();
+    work.template quarters<0, kQuarters / 4>();
     four_keys(key);
-    work.quarter<1>();
-    work.quarter<2>();
+    work.template quarters<kQuarters / 4, kQuarters / 4 * 3>();
     four_keys(key + 4);
-    work.quarter<3>();
+    work.template quarters<kQuarters / 4 * 3, kQuarters>();
   }
   return panel;
 }
-inline AllKept keep_panel(AllKept kept, TileWork&) { return kept; }
+template <int kProducts>
+AllKept keep_panel(AllKept kept, TileWork<kProducts>&) {
+  return kept;
+}
 
 // P and dS of a panel of keys, whose first is `first`, and a group of queries, from S and dP.
-template <bool kMasked, class Kept>
-[[gnu::noinline]] void grad_panel(const BwdTiles& w, Vec<float> factor, int64_t number, int64_t first, const Kept& kept,
-                                  uint32_t* p, uint32_t* ds, uint32_t* ds_pairs) {
+template <int kParts, bool kMasked, class Kept>
+[[gnu::noinline]] void grad_panel(const BwdTiles<kParts>& w, Vec<float> factor, int64_t number, int64_t first,
+                                  const Kept& kept, uint32_t* p, uint32_t* ds, uint32_t* ds_pairs) {
   using V = Vec<float>;
   const Lanes shift = Lanes::load(w.shift + number * kSide), delta = Lanes::load(w.delta + number * kSide);
   const __m512i low_half = _mm512_set1_epi32(0xffff);
   constexpr int kAAndCOrB = 0xec;
   for (int64_t key = 0; key < kSide; key += 2) {
-    __m512i rows[2];  // of dS
+    uint32_t* const rows = ds + key * kTileSide;
     for (int64_t i = 0; i < 2; ++i) {
       V weight[2], gradient[2];
       __mmask16 keep[2];
       for (int half = 0; half < 2; ++half) {
         const int64_t at = score_at(key + i, half);
-        weight[half] = exp2_bf16(fma(V::load(w.s + at), factor, shift.v[half]));
+        weight[half] = exp2_weights<kParts>(fma(V::load(w.s + at), factor, shift.v[half]));
         if constexpr (kMasked)
           weight[half].v =
               _mm512_maskz_mov_ps(w.group[number].see(half, _mm512_set1_epi32(int(first + key + i))), weight[half].v);
@@ -105,45 +115,51 @@ template <bool kMasked, class Kept>
         const V dp{_mm512_maskz_loadu_ps(keep[half], w.dp + at)};
         gradient[half] = weight[half] * (dp - delta.v[half]);
       }
-      _mm512_storeu_si512(p + (key + i) * kTileSide, round_to_pairs(weight[0], weight[1], keep[0], keep[1]));
-      rows[i] = round_to_pairs(gradient[0], gradient[1]);
-      _mm512_storeu_si512(ds + (key + i) * kTileSide, rows[i]);
+      store_parts<kParts>(weight[0], weight[1], p + (key + i) * kTileSide, keep[0], keep[1]);
+      store_parts<kParts>(gradient[0], gradient[1], rows + i * kTileSide);
     }
-    uint32_t* pairs = ds_pairs + key / 2 * kSide;
-    _mm512_storeu_si512(pairs, _mm512_ternarylogic_epi32(rows[0], _mm512_slli_epi32(rows[1], 16), low_half, kAAndCOrB));
-    _mm512_storeu_si512(pairs + kTileSide,
-                        _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rows[0], 16), rows[1]));
+    for (int part = 0; part < kParts; ++part) {
+      const __m512i a = _mm512_loadu_si512(rows + part * kPanelPairs),
+                    b = _mm512_loadu_si512(rows + part * kPanelPairs + kTileSide);
+      uint32_t* const pairs = ds_pairs + part * kPanelPairs + key / 2 * kSide;
+      _mm512_storeu_si512(pairs, _mm512_ternarylogic_epi32(a, _mm512_slli_epi32(b, 16), low_half, kAAndCOrB));
+      _mm512_storeu_si512(pairs + kTileSide, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+    }
   }
 }
 
 // Packs keys and values [j0, j0 + n), with zeros up to whole panels.
-inline void pack_grad_keys(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t j0, int64_t n) {
+template <int kParts>
+void pack_grad_keys(const AttentionArgs& a, const KeyHead& head, const BwdTiles<kParts>& w, int64_t j0, int64_t n) {
   const void* rows[kSide];
   for (int64_t j = 0; j < n; j += kSide) {
     const int64_t count = n - j < kSide ? n - j : kSide;
     key_rows(a, a.v, head, j0 + j, count, rows);
     for (int64_t r = count; r < kSide; ++r) rows[r] = w.zeros;
-    pack_panel(a, rows, a.head_dim_v, w.v + j * w.v_depth);
+    pack_panel<kParts>(a, rows, a.head_dim_v, w.v + kParts * j * w.v_depth);
     key_rows(a, a.k, head, j0 + j, count, rows);
-    pack_panel(a, rows, a.head_dim, w.k + j * w.q_depth);
-    pack_turned(a, rows, a.head_dim, w.q_wide, w.buffer, w.kt + j / 2 * w.q_wide);
+    pack_panel<kParts>(a, rows, a.head_dim, w.k + kParts * j * w.q_depth);
+    pack_turned<kParts>(a, rows, a.head_dim, w.q_wide, w.buffer, w.kt + kParts * j / 2 * w.q_wide);
   }
 }
 
 // Packs x (q or dout) of a group of n queries as the right factor of the products with keys and of those with P and dS.
-inline void pack_grad_rows(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, const Heads& x,
-                           const Row* rows, int64_t n, int64_t dim, uint32_t* columns, uint32_t* pairs) {
+template <int kParts>
+void pack_grad_rows(const AttentionArgs& a, const KeyHead& head, const BwdTiles<kParts>& w, const Heads& x,
+                    const Row* rows, int64_t n, int64_t dim, uint32_t* columns, uint32_t* pairs) {
   const void *lines[kSide], *paired[kSide];
   for (int64_t r = 0; r < kSide; ++r) lines[r] = r < n ? query_row(a, x, head, rows[r]) : w.zeros;
-  pack_query_columns(a, lines, dim, columns, w.buffer);
+  pack_query_columns<kParts>(a, lines, dim, columns, w.buffer);
   for (int64_t r = 0; r < kSide; ++r) paired[r] = lines[r / 2 + r % 2 * kTileSide];
-  pack_depth<MathBf16>(a.dtype, paired, kSide, dim, pairs, round_up(dim, kSide));
+  pack_pairs<kParts>(a, paired, dim, round_up(dim, kSide), pairs);
 }
 
 // The gradients of the groups from `number` on, at most kBwdGroups, against the packed keys [j0, j0 + n): w.dq, w.dk
 // and w.dv are added to.
-template <class Kept>
-void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, int64_t number, int64_t j0, int64_t n) {
+template <int kParts, class Kept>
+void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles<kParts>& w, int64_t number, int64_t j0,
+                int64_t n) {
+  constexpr int64_t kPanel = kParts * kPanelPairs;
   const int64_t first_row = number * kSide, rows_left = head.rows - first_row;
   const int64_t groups = rows_left < kBwdGroups * kSide ? (rows_left + kSide - 1) / kSide : kBwdGroups;
   const TileGroup* group = w.group + number;
@@ -165,41 +181,46 @@ void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, 
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t count = rows_left - g * kSide < kSide ? rows_left - g * kSide : kSide;
     rows_of(a, head, first_row + g * kSide, count, rows);
-    pack_grad_rows(a, head, w, a.q, rows, count, a.head_dim, w.q + g * w.q_depth * kSide,
-                   w.q_pairs + g * kTileSide * w.q_wide);
-    pack_grad_rows(a, head, w, a.dout, rows, count, a.head_dim_v, w.dout + g * w.v_depth * kSide,
-                   w.dout_pairs + g * kTileSide * w.v_wide);
+    const int64_t at = kParts * g;
+    pack_grad_rows(a, head, w, a.q, rows, count, a.head_dim, w.q + at * w.q_depth * kSide,
+                   w.q_pairs + at * kTileSide * w.q_wide);
+    pack_grad_rows(a, head, w, a.dout, rows, count, a.head_dim_v, w.dout + at * w.v_depth * kSide,
+                   w.dout_pairs + at * kTileSide * w.v_wide);
   }
   const Vec<float> factor = Vec<float>::set1(float(a.scale * kLog2e));
-  TileWork work;
+  BwdWork<kParts> work;
   for (int64_t panel = 0; panel * kSide < n; ++panel) {
     const int64_t key = j0 + panel * kSide;
     int64_t first = groups, last = 0;
     for (int64_t g = 0; g < groups; ++g)
       if (sees(g, key)) first = g < first ? g : first, last = g + 1;
     for (int64_t g = first; g < last; ++g) {
-      uint32_t *p = w.p + g * kPanelPairs, *ds = w.ds + g * kPanelPairs;
-      uint32_t* ds_pairs = w.ds_pairs + (panel * kBwdGroups + g) * kPanelPairs;
+      uint32_t *p = w.p + g * kPanel, *ds = w.ds + g * kPanel;
+      uint32_t* ds_pairs = w.ds_pairs + (panel * kBwdGroups + g) * kPanel;
       if (!sees(g, key)) {
-        memset(p, 0, kPanelPairs * sizeof(*p));
-        memset(ds, 0, kPanelPairs * sizeof(*ds));
+        memset(p, 0, kPanel * sizeof(*p));
+        memset(ds, 0, kPanel * sizeof(*ds));
         continue;
       }
-      work.push({w.k + panel * kSide * w.q_depth, kTileSide, kPanelPairs, w.q + g * w.q_depth * kSide, kSide,
-                 kPanelPairs, w.s, kSide, w.q_depth / kTileSide, false});
-      work.push({w.v + panel * kSide * w.v_depth, kTileSide, kPanelPairs, w.dout + g * w.v_depth * kSide, kSide,
-                 kPanelPairs, w.dp, kSide, w.v_depth / kTileSide, false});
+      const auto multiply = [&](const uint32_t* keys, const uint32_t* queries, int64_t depth, float* c) {
+        work.push({keys + panel * kSide * kParts * depth, kTileSide, kPanelPairs, kPanel,
+                   queries + g * kSide * kParts * depth, kSide, kPanelPairs, kPanel, c, kSide, depth / kTileSide,
+                   false});
+      };
+      multiply(w.k, w.q, w.q_depth, w.s);
+      multiply(w.v, w.dout, w.v_depth, w.dp);
       const auto kept = keep_panel(Kept(a, head, group[g], key), work);
       work.finish();
       if (group[g].all_see(key, kSide))
-        grad_panel<false>(w, factor, number + g, key, kept, p, ds, ds_pairs);
+        grad_panel<kParts, false>(w, factor, number + g, key, kept, p, ds, ds_pairs);
       else
-        grad_panel<true>(w, factor, number + g, key, kept, p, ds, ds_pairs);
+        grad_panel<kParts, true>(w, factor, number + g, key, kept, p, ds, ds_pairs);
     }
     const auto add = [&](const uint32_t* left, const uint32_t* right, int64_t wide, float* sum) {
       for (int64_t c = 0; c < wide; c += kSide)
-        work.push({left + first * kPanelPairs, kTileSide, kPanelPairs, right + first * kTileSide * wide + c, wide,
-                   kTileSide * wide, sum + panel * kSide * wide + c, wide, last - first, true});
+        work.push({left + first * kPanel, kTileSide, kPanelPairs, kPanel, right + first * kParts * kTileSide * wide + c,
+                   wide, kTileSide * wide, kParts * kTileSide * wide, sum + panel * kSide * wide + c, wide,
+                   last - first, true});
     };
     if (first < last) {
       add(w.p, w.dout_pairs, w.v_wide, w.dv);
@@ -210,9 +231,9 @@ void bwd_groups(const AttentionArgs& a, const KeyHead& head, const BwdTiles& w, 
   for (int64_t g = 0; g < groups; ++g)
     if (begin[g] < end[g]) {
       for (int64_t c = 0; c < w.q_wide; c += kSide)
-        work.push({w.kt + (begin[g] * w.q_wide + c) * kTileSide, kTileSide, w.q_wide * kTileSide,
-                   w.ds_pairs + (begin[g] * kBwdGroups + g) * kPanelPairs, kSide, kBwdGroups * kPanelPairs,
-                   w.dq + ((number + g) * w.q_wide + c) * kSide, kSide, end[g] - begin[g], true});
+        work.push({w.kt + (begin[g] * kParts * w.q_wide + c) * kTileSide, kTileSide, w.q_wide * kTileSide,
+                   kParts * w.q_wide * kTileSide, w.ds_pairs + (begin[g] * kBwdGroups + g) * kPanel, kSide, kPanelPairs,
+                   kBwdGroups * kPanel, w.dq + ((number + g) * w.q_wide + c) * kSide, kSide, end[g] - begin[g], true});
       work.finish();
     }
 }
@@ -223,12 +244,36 @@ inline int64_t bwd_tiles_block(const KeyHead& head) {
   return most < all ? most : all;
 }
 
-inline int64_t bwd_tiles_scratch(const AttentionArgs& a) { return BwdTiles(a, 2 * kBwdKeys, nullptr).bytes; }
+template <int kParts>
+int64_t bwd_tiles_scratch(const AttentionArgs& a) {
+  return BwdTiles<kParts>(a, 2 * kBwdKeys, nullptr).bytes;
+}
 
-inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+// Whether gradients of a key head are sums of parts: an infinity in one of its tensors would be NaN in them.
+inline bool grads_in_parts(const AttentionArgs& a, const AttentionTask& task) {
+  const KeyHead head = key_head(a, task.sequence, task.head_kv);
+  const auto keys_fit = [&](const Heads& x, int64_t dim) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t j = 0; j < head.keys; ++j) join_bits(a.dtype, key_row(a, x, head, j), dim, largest);
+    return splits(largest);
+  };
+  const auto queries_fit = [&](const Heads& x, int64_t dim) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t r = 0; r < head.rows; ++r) {
+      const Row row{head.hk * head.group + r / head.seq_q, r % head.seq_q, 0, 0};
+      join_bits(a.dtype, query_row(a, x, head, row), dim, largest);
+    }
+    return splits(largest);
+  };
+  return queries_fit(a.q, a.head_dim) && queries_fit(a.dout, a.head_dim_v) && keys_fit(a.k, a.head_dim) &&
+         keys_fit(a.v, a.head_dim_v);
+}
+
+template <int kParts>
+void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t step = bwd_tiles_block(head);
-  const BwdTiles w(a, 2 * kBwdKeys, scratch);
+  const BwdTiles<kParts> w(a, 2 * kBwdKeys, scratch);
   Ahead ahead(a, next);
   memset(w.zeros, 0, size_t(w.q_wide > w.v_wide ? w.q_wide : w.v_wide) * 4);
   const int64_t groups = (head.rows + kSide - 1) / kSide;
@@ -253,7 +298,7 @@ inline void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
     }
   }
 
-  const auto run = a.dropout_p > 0 ? bwd_groups<SomeKept> : bwd_groups<AllKept>;
+  const auto run = a.dropout_p > 0 ? bwd_groups<kParts, SomeKept> : bwd_groups<kParts, AllKept>;
   configure_squares();
   for (int64_t j0 = task.part * step; j0 < head.seq_k; j0 += head.parts * step) {
     const int64_t stored = head.seq_k - j0 < step ? head.seq_k - j0 : step;

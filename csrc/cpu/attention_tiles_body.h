@@ -1,7 +1,9 @@
 // Attention by tiles (AMX), where no feature changes single scores; dropout may drop weights. Scores are made
 // transposed, (keys, queries): the lanes of a vector are queries, so that maxima and sums stay in their lanes, and
-// weights are the right factor of the product with the values as soon as two keys of a query are one element. Included
-// by attention_body.h.
+// weights are the right factor of the product with the values as soon as two keys of a query are one element.
+//
+// A factor is one bfloat16, or float32 and float16 as the sum of kParts of them (split.h). The parts of what is packed
+// lie one behind the other, the largest first. Included by attention_body.h.
 
 #if LMK_TILES
 
@@ -11,15 +13,15 @@ namespace {
 
 constexpr int64_t kSide = 2 * kTileSide;  // queries of a group, keys of a panel, and columns of a product
 constexpr int64_t kSquare = kSide * kSide;
-constexpr int64_t kPanelPairs = kSide / 2 * kSide;  // elements of a panel of weights
+constexpr int64_t kPanelPairs = kSide / 2 * kSide;  // elements of a part of a panel of weights
 constexpr int64_t kBlockPanels = 4;                 // whose weights are multiplied with the values at once
 
 // C (kSide, kSide) = A B or C += A B. A step is kTileSide elements of the depth; strides are in elements.
 struct TileProduct {
   const uint32_t* a;
-  int64_t a_row, a_step;
+  int64_t a_row, a_part, a_step;
   const uint32_t* b;
-  int64_t b_row, b_step;
+  int64_t b_row, b_part, b_step;
   float* c;
   int64_t c_row;
   int64_t steps;
@@ -32,10 +34,28 @@ inline void configure_squares() {
   s.load();
 }
 
-// Products that are computed a quarter of a step at a time between other work: tiles wait for memory and for each
-// other, and so do vectors.
+// The products of parts that a step adds up, each of which shares a factor with the one before: three of two parts
+// leave out less than 2^-16 of a product, four nothing.
+struct PartPair {
+  int a, b;
+};
+template <int kProducts>
+constexpr PartPair kPartPairs[] = {{0, 0}};
+template <>
+constexpr PartPair kPartPairs<3>[] = {{1, 0}, {0, 0}, {0, 1}};
+template <>
+constexpr PartPair kPartPairs<4>[] = {{1, 1}, {1, 0}, {0, 0}, {0, 1}};
+
+template <int kProducts>
+constexpr int kPartsOf = kProducts == 1 ? 1 : 2;
+
+// Products that are computed a quarter of a step and of two parts at a time between other work: tiles wait for memory
+// and for each other, and so do vectors.
+template <int kProducts>
 class TileWork {
  public:
+  static constexpr int kQuarters = 4 * kProducts;  // of a step
+
   // One that goes before all that wait; the one before it must be finished.
   void put_first(const TileProduct& p) { first_ = p, first_waits_ = true, first_done_ = false; }
   void push(const TileProduct& p) {
@@ -52,37 +72,54 @@ class TileWork {
     while (busy_ || first_waits_ || begin_ < end_) step();
   }
 
-  template <int kQuarter>
+  template <int kNumber>
   [[gnu::always_inline]] void quarter() {
-    if (kQuarter == 0 && !busy_) start();
+    constexpr int kPair = kNumber / 4, kQuarter = kNumber % 4, kBefore = kPair > 0 ? kPair - 1 : 0;
+    constexpr PartPair kPart = kPartPairs<kProducts>[kPair], kLast = kPartPairs<kProducts>[kBefore];
+    constexpr bool kLoadA = kPair == 0 || kPart.a != kLast.a, kLoadB = kPair == 0 || kPart.b != kLast.b;
+    if (kNumber == 0 && !busy_) start();
     if (!busy_) return;
     const int64_t a_bytes = p_->a_row * 4, b_bytes = p_->b_row * 4;
+    const uint32_t *a = p_->a, *b = p_->b;
+    if constexpr (kPart.a > 0) a += kPart.a * p_->a_part;
+    if constexpr (kPart.b > 0) b += kPart.b * p_->b_part;
     if constexpr (kQuarter == 0) {
-      _tile_loadd(4, p_->a, a_bytes);
-      _tile_loadd(6, p_->b, b_bytes);
+      if constexpr (kLoadA) _tile_loadd(4, a, a_bytes);
+      if constexpr (kLoadB) _tile_loadd(6, b, b_bytes);
       _tile_dpbf16ps(0, 4, 6);
     } else if constexpr (kQuarter == 1) {
-      _tile_loadd(7, p_->b + kTileSide, b_bytes);
+      if constexpr (kLoadB) _tile_loadd(7, b + kTileSide, b_bytes);
       _tile_dpbf16ps(1, 4, 7);
     } else if constexpr (kQuarter == 2) {
-      _tile_loadd(5, p_->a + kTileSide * p_->a_row, a_bytes);
+      if constexpr (kLoadA) _tile_loadd(5, a + kTileSide * p_->a_row, a_bytes);
       _tile_dpbf16ps(2, 5, 6);
     } else {
       _tile_dpbf16ps(3, 5, 7);
+    }
+    if constexpr (kProducts > 1 && kPair < 2) {  // a share of the next step's left factor
+      const uint32_t* next = p_->a + p_->a_step + kPair * p_->a_part + kQuarter * (kSide / 4) * p_->a_row;
+#pragma GCC unroll 8
+      for (int64_t r = 0; r < kSide / 4; ++r) __builtin_prefetch(next + r * p_->a_row);
+    }
+    if constexpr (kNumber == kQuarters - 1) {
       p_->a += p_->a_step, p_->b += p_->b_step;
       if (--p_->steps == 0) end();
+    }
+  }
+
+  // Quarters kBegin .. kEnd, counted on from step to step.
+  template <int kBegin, int kEnd>
+  [[gnu::always_inline]] void quarters() {
+    if constexpr (kBegin < kEnd) {
+      quarter<kBegin % kQuarters>();
+      quarters<kBegin + 1, kEnd>();
     }
   }
 
  private:
   static constexpr unsigned kMost = 2 * 256 / kSide;
 
-  void step() {
-    quarter<0>();
-    quarter<1>();
-    quarter<2>();
-    quarter<3>();
-  }
+  void step() { quarters<0, kQuarters>(); }
   void start() {
     if (first_waits_)
       p_ = &first_, first_waits_ = false, is_first_ = true;
@@ -220,18 +257,48 @@ inline __m512i round_to_pairs(Vec<float> low, Vec<float> high, __mmask16 keep_lo
   return _mm512_ternarylogic_epi32(a, b, upper, kAOrBAndC);
 }
 
-// The weights of the keys first .. first + kSide from their scores s, as pairs of keys in p (kSide / 2, kSide). Returns
-// their sums over the keys, to which those count too that are not kept. kRate steps of the products in `work` for four
-// pairs of keys.
-template <int kRate, bool kMasked, class Kept>
+// The parts of round_to_pairs, kPanelPairs apart.
+template <int kParts>
+void store_parts(Vec<float> low, Vec<float> high, uint32_t* p, __mmask16 keep_low = 0xffff,
+                 __mmask16 keep_high = 0xffff) {
+  if constexpr (kParts == 1) {
+    _mm512_storeu_si512(p, round_to_pairs(low, high, keep_low, keep_high));
+  } else {
+    const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(int(0xffff0000));
+    const auto first = [&](Vec<float> x, __mmask16 keep) {
+      return _mm512_and_si512(_mm512_maskz_add_epi32(keep, _mm512_castps_si512(x.v), half), upper);
+    };
+    const auto rest = [](Vec<float> x, __m512i first, __mmask16 keep) {
+      return Vec<float>{_mm512_maskz_sub_ps(keep, x.v, _mm512_castsi512_ps(first))};
+    };
+    const __m512i a = first(low, keep_low), b = first(high, keep_high);
+    _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
+    store_parts<kParts - 1>(rest(low, a, keep_low), rest(high, b, keep_high), p + kPanelPairs);
+  }
+}
+
+// 2^x for weights of so many parts.
+template <int kParts>
+Vec<float> exp2_weights(Vec<float> x) {
+  if constexpr (kParts == 1)
+    return exp2_bf16(x);
+  else
+    return exp2(x);
+}
+
+// The weights of the keys first .. first + kSide from their scores s, as pairs of keys in p: parts (kSide / 2, kSide).
+// Returns their sums over the keys, to which those count too that are not kept. kRate steps of the products in `work`
+// for four pairs of keys.
+template <int kProducts, int kRate, bool kMasked, class Kept>
 [[gnu::noinline]] Lanes weight_panel(const float* s, Vec<float> factor, const Lanes& shift, const TileGroup& group,
-                                     int64_t first, uint32_t* p, Kept kept, TileWork& work) {
+                                     int64_t first, uint32_t* p, Kept kept, TileWork<kProducts>& work) {
   using V = Vec<float>;
+  constexpr int kParts = kPartsOf<kProducts>;
   V even[2] = {V::zero(), V::zero()}, odd[2] = {V::zero(), V::zero()};
   const auto pair = [&]<int kHalf>(int64_t key) __attribute__((always_inline)) {
     const float* x = s + score_at(key, kHalf);
-    V a = exp2_bf16(fma(V::load(x), factor, shift.v[kHalf]));
-    V b = exp2_bf16(fma(V::load(x + kSide), factor, shift.v[kHalf]));
+    V a = exp2_weights<kParts>(fma(V::load(x), factor, shift.v[kHalf]));
+    V b = exp2_weights<kParts>(fma(V::load(x + kSide), factor, shift.v[kHalf]));
     if constexpr (kMasked) {
       const __m512i j = _mm512_set1_epi32(int(first + key));
       a.v = _mm512_maskz_mov_ps(group.see(kHalf, j), a.v);
@@ -239,16 +306,14 @@ template <int kRate, bool kMasked, class Kept>
     }
     even[kHalf] = even[kHalf] + a;
     odd[kHalf] = odd[kHalf] + b;
-    _mm512_storeu_si512(p + key / 2 * kSide + kHalf * kTileSide,
-                        round_to_pairs(a, b, kept.keeps(key, kHalf), kept.keeps(key + 1, kHalf)));
+    store_parts<kParts>(a, b, p + key / 2 * kSide + kHalf * kTileSide, kept.keeps(key, kHalf),
+                        kept.keeps(key + 1, kHalf));
   };
   const auto two_keys = [&]<int kNumber>(int64_t key) __attribute__((always_inline)) {
-    constexpr int kFrom = kNumber * kRate;  // in quarters
-    if constexpr (kRate >= 1) work.quarter<kFrom % 4>();
-    if constexpr (kRate >= 4) work.quarter<(kFrom + 1) % 4>();
+    constexpr int kCount = kRate * kProducts, kFrom = kNumber * kCount;
+    work.template quarters<kFrom, kFrom + (kCount + 1) / 2>();
     pair.template operator()<0>(key);
-    if constexpr (kRate >= 2) work.quarter<(kFrom + kRate / 2) % 4>();
-    if constexpr (kRate >= 4) work.quarter<(kFrom + 3) % 4>();
+    work.template quarters<kFrom + (kCount + 1) / 2, kFrom + kCount>();
     pair.template operator()<1>(key);
   };
   for (int64_t key = 0; key < kSide; key += 8) {
@@ -274,12 +339,18 @@ inline Lanes panel_maxima(const float* s, const TileGroup& group, int64_t first)
   return top;
 }
 
+template <int kParts>
 struct FwdTiles {
-  int64_t q_depth, v_wide;       // d in pairs and d_v, in whole tiles and two of them
-  int64_t keys, groups, q_step;  // keys packed at once; groups of a task; elements of a packed group of queries
-  uint32_t *q, *k, *v, *p;       // queries (groups, q_depth, kSide); keys by panel; values (panels, v_wide, kTileSide)
-  uint32_t *buffer, *zeros;      // zeros: a row
-  float *s, *o, *m, *l;          // two panels of scores; of each group: sums (v_wide, kSide), maxima, sums
+  int64_t q_depth, v_wide;         // d in pairs and d_v, in whole tiles and two of them
+  int64_t widest;                  // of d and d_v, in two tiles
+  int64_t keys, groups;            // keys packed at once; groups of a task
+  int64_t q_group, k_row, v_pair;  // elements of a packed group of queries, a key and two values
+  // queries (groups, steps, parts, kTileSide, kSide); keys (panels, steps, parts, kSide, kTileSide); values (panels,
+  // parts, v_wide, kTileSide); weights
+  uint32_t *q, *k, *v, *p;
+  uint32_t *odd_keys, *odd_values;  // a bit for each of a panel that odd_row says is one
+  uint32_t *buffer, *zeros;         // zeros: a row
+  float *s, *o, *m, *l;             // two panels of scores; of each group: sums (v_wide, kSide), maxima, sums
   Row* rows;
   TileGroup* group;
   int64_t bytes;
@@ -289,17 +360,19 @@ struct FwdTiles {
     Arena arena(base);
     q_depth = round_up((a.head_dim + 1) / 2, kTileSide);
     v_wide = round_up(a.head_dim_v, kSide);
-    keys = kCacheBytes / (q_depth * 4 + v_wide * 2) / (kBlockPanels * kSide) * (kBlockPanels * kSide);
+    widest = 2 * q_depth > v_wide ? 2 * q_depth : v_wide;
+    q_group = kParts * q_depth * kSide, k_row = kParts * q_depth, v_pair = kParts * v_wide;
+    keys = kCacheBytes / (k_row * 4 + v_pair * 2) / (kBlockPanels * kSide) * (kBlockPanels * kSide);
     const int64_t most = round_up(a.seq_k > 0 ? a.seq_k : 1, kSide);
     keys = keys < most ? keys : most;
     groups = (a.most_rows + kSide - 1) / kSide;
-    q_step = q_depth * kSide;
-    q = arena.take<uint32_t>(groups * q_step);
-    k = arena.take<uint32_t>(keys * q_depth);
-    v = arena.take<uint32_t>(keys / 2 * v_wide);
-    p = arena.take<uint32_t>(2 * kBlockPanels * kPanelPairs);
-    const int64_t widest = q_depth > v_wide ? q_depth : v_wide;
-    buffer = arena.take<uint32_t>(kTileSide * widest);
+    q = arena.take<uint32_t>(groups * q_group);
+    k = arena.take<uint32_t>(keys * k_row);
+    v = arena.take<uint32_t>(keys / 2 * v_pair);
+    p = arena.take<uint32_t>(2 * kBlockPanels * kParts * kPanelPairs);
+    odd_keys = arena.take<uint32_t>(keys / kSide);
+    odd_values = arena.take<uint32_t>(keys / kSide);
+    buffer = arena.take<uint32_t>(kParts * kTileSide * widest);
     zeros = arena.take<uint32_t>(widest);
     s = arena.take<float>(2 * kSquare);
     o = arena.take<float>(groups * v_wide * kSide);
@@ -311,31 +384,152 @@ struct FwdTiles {
   }
 };
 
-// A panel of rows (kSide,) turned: dst (wide, kTileSide), pairs of rows, zero beyond dim. buffer: (kTileSide, wide).
-inline void pack_turned(const AttentionArgs& a, const void* const* rows, int64_t dim, int64_t wide, uint32_t* buffer,
-                        uint32_t* dst) {
-  pack_depth<MathBf16>(a.dtype, rows, kSide, dim, buffer, wide);
-  const void* lines[kTileSide];
-  for (int64_t i = 0; i < kTileSide; ++i) lines[i] = buffer + i * wide;
-  for (int64_t c = 0; c < wide; c += kTileSide) transpose_tile(lines, c, dst + c * kTileSide, kTileSide);
+// Whether a row holds what is not the sum of parts: an infinity, a NaN, or what is rounded to an infinity.
+inline bool odd_row(DType dtype, const void* row, int64_t dim) {
+  __m512i largest = _mm512_setzero_si512();
+  join_bits(dtype, row, dim, largest);
+  return !in_parts(largest);
 }
 
-// A panel of rows (kSide,) as the left factor: dst (dim in pairs by kTileSide, kSide, kTileSide), zero beyond dim. What
-// is read together lies together.
-inline void pack_panel(const AttentionArgs& a, const void* const* rows, int64_t dim, uint32_t* dst) {
-  for (int64_t c = 0; c < dim; c += kSide, dst += kPanelPairs) {
-    const void* parts[kSide];
-    for (int64_t r = 0; r < kSide; ++r) parts[r] = static_cast<const uint16_t*>(rows[r]) + c;
-    pack_rows<MathBf16>(a.dtype, parts, kSide, dim - c < kSide ? dim - c : kSide, dst, kTileSide);
+// Those of kSide rows, as bits.
+inline uint32_t odd_rows(DType dtype, const void* const* rows, int64_t dim) {
+  uint32_t odd = 0;
+  for (int r = 0; r < kSide; ++r) odd |= uint32_t(odd_row(dtype, rows[r], dim)) << r;
+  return odd;
+}
+
+inline const char* column(const AttentionArgs& a, const void* row, int64_t c) {
+  return static_cast<const char*>(row) + c * element_size(a.dtype);
+}
+
+// Pairs of rows (kSide,): dst, parts (kTileSide, wide), zero beyond dim. Returns false where a row is odd.
+template <int kParts>
+bool pack_pairs(const AttentionArgs& a, const void* const* rows, int64_t dim, int64_t wide, uint32_t* dst) {
+  __m512i largest = _mm512_setzero_si512();
+  if constexpr (kParts == 1)
+    pack_depth<MathBf16>(a.dtype, rows, kSide, dim, dst, wide);
+  else
+    for (int64_t i = 0; i < kTileSide; ++i)
+      for (int64_t c = 0; c < wide; c += kTileSide) {
+        const SplitParts<kParts> pairs =
+            pairs_across<kParts>(a.dtype, rows[2 * i], rows[2 * i + 1], c, dim - c, largest);
+        for (int p = 0; p < kParts; ++p) _mm512_storeu_si512(dst + (p * kTileSide + i) * wide + c, pairs.part[p]);
+      }
+  return in_parts(largest);
+}
+
+// The same turned: dst, parts (wide, kTileSide). buffer: (kParts, kTileSide, wide).
+template <int kParts>
+bool pack_turned(const AttentionArgs& a, const void* const* rows, int64_t dim, int64_t wide, uint32_t* buffer,
+                 uint32_t* dst) {
+  const bool fine = pack_pairs<kParts>(a, rows, dim, wide, buffer);
+  for (int p = 0; p < kParts; ++p, buffer += kTileSide * wide, dst += wide * kTileSide) {
+    const void* lines[kTileSide];
+    for (int64_t i = 0; i < kTileSide; ++i) lines[i] = buffer + i * wide;
+    for (int64_t c = 0; c < wide; c += kTileSide) transpose_tile(lines, c, dst + c * kTileSide, kTileSide);
+  }
+  return fine;
+}
+
+// A panel of rows (kSide,) as the left factor: dst (dim in pairs by kTileSide, parts, kSide, kTileSide), zero beyond
+// dim. What is read together lies together. Returns false where a row is odd.
+template <int kParts>
+bool pack_panel(const AttentionArgs& a, const void* const* rows, int64_t dim, uint32_t* dst) {
+  __m512i largest = _mm512_setzero_si512();
+  if constexpr (kParts == 1) {
+    for (int64_t c = 0; c < dim; c += kSide, dst += kPanelPairs) {
+      const void* parts[kSide];
+      for (int64_t r = 0; r < kSide; ++r) parts[r] = column(a, rows[r], c);
+      pack_rows<MathBf16>(a.dtype, parts, kSide, dim - c < kSide ? dim - c : kSide, dst, kTileSide);
+    }
+  } else {
+    for (int64_t r = 0; r < kSide; ++r) {
+      uint32_t* to = dst + r * kTileSide;
+      for (int64_t c = 0; c < dim; c += kSide) {
+        const SplitParts<kParts> pairs = pairs_along<kParts>(a.dtype, column(a, rows[r], c), dim - c, largest);
+        for (int p = 0; p < kParts; ++p, to += kPanelPairs) _mm512_storeu_si512(to, pairs.part[p]);
+      }
+    }
+  }
+  return in_parts(largest);
+}
+
+// A group of rows (kSide,) by columns: dst (dim in pairs up to whole tiles, kSide), by steps of kTileSide and parts.
+// An odd row is NaN where it is not finite, and so will be all its scores, as no other key makes up for one that is.
+template <int kParts>
+void pack_query_columns(const AttentionArgs& a, const void* const* rows, int64_t dim, uint32_t* dst, uint32_t* buffer) {
+  if constexpr (kParts == 1) {
+    pack_columns<MathBf16>(a.dtype, rows, kSide, dim, dst, buffer);
+    const int64_t depth = (dim + 1) / 2;
+    memset(dst + depth * kSide, 0, size_t((round_up(depth, kTileSide) - depth) * kSide) * sizeof(*dst));
+  } else {
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t c = 0; c < dim; c += kSide)
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t i = 0; i < kTileSide; ++i) {
+          const char* line = column(a, rows[half * kTileSide + i], c);
+          const SplitParts<kParts> pairs = pairs_along<kParts>(a.dtype, line, dim - c, largest);
+          for (int p = 0; p < kParts; ++p) _mm512_storeu_si512(buffer + (p * kTileSide + i) * kTileSide, pairs.part[p]);
+        }
+        for (int p = 0; p < kParts; ++p)
+          turn_tile(buffer + p * kTileSide * kTileSide, dst + (c / kSide * kParts + p) * kPanelPairs + half * kTileSide,
+                    kSide);
+      }
+    if (__builtin_expect(in_parts(largest), 1)) return;
+    for (uint32_t odd = odd_rows(a.dtype, rows, dim); odd; odd &= odd - 1) {
+      const int r = __builtin_ctz(odd);
+      for (int64_t c = 0; c < dim; ++c) {
+        float rest = load_one<float>(a.dtype, rows[r], c);
+        if (!(std::fabs(rest) <= std::numeric_limits<float>::max())) rest = std::numeric_limits<float>::quiet_NaN();
+        for (int p = 0; p < kParts; ++p) {  // not rounded
+          uint32_t& pair = dst[(c / kSide * kParts + p) * kPanelPairs + c % kSide / 2 * kSide + r];
+          const uint32_t part = to_bits(rest) & 0xffff0000;
+          pair = c % 2 ? (pair & 0xffff) | part : (pair & 0xffff0000) | part >> 16;
+          rest -= from_bits(part);
+        }
+      }
+    }
   }
 }
 
-// A group of rows (kSide,) by columns: dst (dim in pairs up to whole tiles, kSide).
-inline void pack_query_columns(const AttentionArgs& a, const void* const* rows, int64_t dim, uint32_t* dst,
-                               uint32_t* buffer) {
-  pack_columns<MathBf16>(a.dtype, rows, kSide, dim, dst, buffer);
-  const int64_t depth = (dim + 1) / 2;
-  memset(dst + depth * kSide, 0, size_t((round_up(depth, kTileSide) - depth) * kSide) * sizeof(*dst));
+// The sum of the parts of one of two elements, which are kPanelPairs apart.
+template <int kParts>
+Vec<float> joined(const uint32_t* pairs, bool second) {
+  Vec<float> sum = Vec<float>::zero();
+  for (int p = kParts; p-- > 0;) {
+    const __m512i x = _mm512_loadu_si512(pairs + p * kPanelPairs);
+    sum = sum + Vec<float>{_mm512_castsi512_ps(second ? _mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))
+                                                      : _mm512_slli_epi32(x, 16))};
+  }
+  return sum;
+}
+
+// The scores s (kSide,) of an odd key and a group of packed queries.
+template <int kParts>
+void odd_scores(const AttentionArgs& a, const void* key, const uint32_t* q, float* s) {
+  for (int half = 0; half < 2; ++half) {
+    Vec<float> sum = Vec<float>::zero();
+    for (int64_t c = 0; c < a.head_dim; ++c) {
+      const uint32_t* pairs = q + c / kSide * kParts * kPanelPairs + c % kSide / 2 * kSide + half * kTileSide;
+      sum = fma(joined<kParts>(pairs, c % 2), Vec<float>::set1(load_one<float>(a.dtype, key, c)), sum);
+    }
+    sum.store(s + half * kTileSide);
+  }
+}
+
+// Adds an odd value (head_dim_v,) times its weights, in pairs of keys, to the sums o of the queries that see it.
+template <int kParts>
+void add_odd_value(const AttentionArgs& a, const void* value, const TileGroup& group, int64_t key, const uint32_t* p,
+                   float* o) {
+  for (int half = 0; half < 2; ++half) {
+    const __mmask16 see = group.see(half, _mm512_set1_epi32(int(key)));
+    const Vec<float> weights = joined<kParts>(p + key % kSide / 2 * kSide + half * kTileSide, key % 2);
+    for (int64_t c = 0; c < a.head_dim_v; ++c) {
+      float* const to = o + c * kSide + half * kTileSide;
+      const Vec<float> sum = fma(weights, Vec<float>::set1(load_one<float>(a.dtype, value, c)), Vec<float>::load(to));
+      _mm512_mask_storeu_ps(to, see, sum.v);
+    }
+  }
 }
 
 // Half of the queries of x (wide, kSide) as rows: out (kTileSide, wide).
@@ -348,21 +542,32 @@ inline void turn_out(const float* x, int64_t half, int64_t wide, float* out) {
 }
 
 // Packs keys and values [j0, j0 + n), with zeros up to whole panels.
-inline void pack_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, int64_t j0, int64_t n) {
+template <int kParts>
+void pack_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles<kParts>& w, int64_t j0, int64_t n) {
   const void* rows[kSide];
   for (int64_t j = 0; j < n; j += kSide) {
     const int64_t count = n - j < kSide ? n - j : kSide;
     key_rows(a, a.k, head, j0 + j, count, rows);
     for (int64_t r = count; r < kSide; ++r) rows[r] = w.zeros;
-    pack_panel(a, rows, a.head_dim, w.k + j * w.q_depth);
+    uint32_t &odd_keys = w.odd_keys[j / kSide], &odd_values = w.odd_values[j / kSide];
+    odd_keys = odd_values = 0;
+    if (!pack_panel<kParts>(a, rows, a.head_dim, w.k + j * w.k_row)) odd_keys = odd_rows(a.dtype, rows, a.head_dim);
     key_rows(a, a.v, head, j0 + j, count, rows);
-    pack_turned(a, rows, a.head_dim_v, w.v_wide, w.buffer, w.v + j / 2 * w.v_wide);
+    uint32_t* const values = w.v + j / 2 * w.v_pair;
+    if (!pack_turned<kParts>(a, rows, a.head_dim_v, w.v_wide, w.buffer, values)) {
+      odd_values = odd_rows(a.dtype, rows, a.head_dim_v);
+      for (int r = 0; r < kSide; ++r)
+        if (odd_values >> r & 1) rows[r] = w.zeros;
+      pack_turned<kParts>(a, rows, a.head_dim_v, w.v_wide, w.buffer, values);
+    }
   }
 }
 
 // A group of queries against the packed keys [j0, j0 + n).
-template <int kRate, class Kept>
-void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, int64_t number, int64_t j0, int64_t n) {
+template <int kProducts, int kRate, class Kept>
+void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles<kPartsOf<kProducts>>& w, int64_t number,
+                int64_t j0, int64_t n) {
+  constexpr int kParts = kPartsOf<kProducts>;
   using V = Vec<float>;
   const TileGroup& group = w.group[number];
   const int64_t begin = (group.some_begin > j0 ? group.some_begin : j0) / kSide * kSide;
@@ -380,27 +585,34 @@ void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, 
   };
   set_shift();
 
-  TileWork work;
+  constexpr int64_t kPanel = kParts * kPanelPairs;
+  TileWork<kProducts> work;
+  const uint32_t* const q = w.q + number * w.q_group;
   const auto scores = [&](int64_t j) { return w.s + j / kSide % 2 * kSquare; };
-  const auto weights = [&](int64_t j) { return w.p + j / kSide % (2 * kBlockPanels) * kPanelPairs; };
+  const auto weights = [&](int64_t j) { return w.p + j / kSide % (2 * kBlockPanels) * kPanel; };
   const auto make_scores = [&](int64_t j) {
-    work.put_first({w.k + (j - j0) * w.q_depth, kTileSide, kPanelPairs, w.q + number * w.q_step, kSide, kPanelPairs,
-                    scores(j), kSide, w.q_depth / kTileSide, false});
+    work.put_first({w.k + (j - j0) * w.k_row, kTileSide, kPanelPairs, kPanel, q, kSide, kPanelPairs, kPanel, scores(j),
+                    kSide, w.q_depth / kTileSide, false});
   };
   int64_t multiplied = begin;  // the weights of the keys before have been pushed
   const auto multiply = [&](int64_t j) {
     if (j == multiplied) return;
     work.finish_waiting();  // the weights before these
     for (int64_t c = 0; c < w.v_wide; c += kSide)
-      work.push({w.v + (multiplied - j0) / 2 * w.v_wide + c * kTileSide, kTileSide, w.v_wide * kTileSide,
-                 weights(multiplied), kSide, kPanelPairs, o + c * kSide, kSide, (j - multiplied) / kSide, true});
+      work.push({w.v + (multiplied - j0) / 2 * w.v_pair + c * kTileSide, kTileSide, w.v_wide * kTileSide,
+                 w.v_pair * kTileSide, weights(multiplied), kSide, kPanelPairs, kPanel, o + c * kSide, kSide,
+                 (j - multiplied) / kSide, true});
     multiplied = j;
   };
 
   make_scores(begin);
   for (int64_t j = begin; j < end; j += kSide) {
     work.finish_first();
-    const float* s = scores(j);
+    float* const s = scores(j);
+    for (uint32_t odd = kParts > 1 ? w.odd_keys[(j - j0) / kSide] : 0; odd; odd &= odd - 1) {
+      const int64_t key = __builtin_ctz(odd);
+      odd_scores<kParts>(a, key_row(a, a.k, head, j + key), q, s + score_at(key, 0));
+    }
     if (j + kSide < end) make_scores(j + kSide);
     __mmask16 fresh[2];
     for (int half = 0; half < 2; ++half)
@@ -413,8 +625,9 @@ void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, 
     }
     const auto make_weights = [&] {
       const Kept kept(a, head, group, j);
-      return group.all_see(j, kSide) ? weight_panel<kRate, false>(s, factor, shift, group, j, weights(j), kept, work)
-                                     : weight_panel<0, true>(s, factor, shift, group, j, weights(j), kept, work);
+      return group.all_see(j, kSide)
+                 ? weight_panel<kProducts, kRate, false>(s, factor, shift, group, j, weights(j), kept, work)
+                 : weight_panel<kProducts, 0, true>(s, factor, shift, group, j, weights(j), kept, work);
     };
     Lanes here = make_weights();
     __mmask16 beyond[2];
@@ -427,8 +640,8 @@ void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, 
       for (int half = 0; half < 2; ++half) {
         const V before = top.v[half];
         top.v[half].v = _mm512_mask_max_ps(before.v, beyond[half], before.v, high.v[half].v);
-        correction[half].v =
-            _mm512_mask_mov_ps(_mm512_set1_ps(1), beyond[half], exp2_bf16((before - top.v[half]) * factor).v);
+        correction[half].v = _mm512_mask_mov_ps(_mm512_set1_ps(1), beyond[half],
+                                                exp2_weights<kParts>((before - top.v[half]) * factor).v);
         sum.v[half] = sum.v[half] * correction[half];
       }
       set_shift();
@@ -438,6 +651,14 @@ void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, 
     }
     for (int half = 0; half < 2; ++half) sum.v[half] = sum.v[half] + here.v[half];
     if ((j / kSide + 1) % kBlockPanels == 0) multiply(j + kSide);
+    if (kParts > 1 && __builtin_expect(w.odd_values[(j - j0) / kSide] != 0, 0)) {
+      multiply(j + kSide);
+      work.finish();
+      for (uint32_t odd = w.odd_values[(j - j0) / kSide]; odd; odd &= odd - 1) {
+        const int64_t key = j + __builtin_ctz(odd);
+        add_odd_value<kParts>(a, key_row(a, a.v, head, key), group, key, weights(j), o);
+      }
+    }
   }
   multiply(round_up(end, kSide));
   work.finish();
@@ -446,7 +667,8 @@ void fwd_panels(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, 
 }
 
 // Closes the softmax of a group and writes its n rows.
-inline void finish_group(const AttentionArgs& a, const KeyHead& head, const FwdTiles& w, int64_t number, int64_t n) {
+template <int kParts>
+void finish_group(const AttentionArgs& a, const KeyHead& head, const FwdTiles<kParts>& w, int64_t number, int64_t n) {
   using V = Vec<float>;
   const Row* rows = w.rows + number * kSide;
   const float* o = w.o + number * w.v_wide * kSide;
@@ -465,23 +687,28 @@ inline void finish_group(const AttentionArgs& a, const KeyHead& head, const FwdT
 // 1 / (1 - dropout_p), which multiplies sums here, must be finite.
 inline bool goes_by_tiles(const AttentionArgs& a) { return !has_features(a) && a.dropout_p < 1; }
 
-using FwdPanels = void (*)(const AttentionArgs&, const KeyHead&, const FwdTiles&, int64_t, int64_t, int64_t);
+template <int kParts>
+using FwdPanels = void (*)(const AttentionArgs&, const KeyHead&, const FwdTiles<kParts>&, int64_t, int64_t, int64_t);
 
 // Steps of the products for a panel: as many as its weights take.
-template <class Kept>
-FwdPanels fwd_panels_of(const FwdTiles& w) {
+template <int kProducts, class Kept>
+FwdPanels<kPartsOf<kProducts>> fwd_panels_of(const FwdTiles<kPartsOf<kProducts>>& w) {
   const int64_t steps = w.q_depth / kTileSide + w.v_wide / kSide;
-  return steps <= 4 ? fwd_panels<1, Kept> : steps <= 8 ? fwd_panels<2, Kept> : fwd_panels<4, Kept>;
+  return steps <= 4   ? fwd_panels<kProducts, 1, Kept>
+         : steps <= 8 ? fwd_panels<kProducts, 2, Kept>
+                      : fwd_panels<kProducts, 4, Kept>;
 }
 
-inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
+template <int kProducts>
+void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const AttentionTask* next, void* scratch) {
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t first_row = task.part * head.share;
   const int64_t n = head.rows - first_row < head.share ? head.rows - first_row : head.share;
-  const FwdTiles w(a, scratch);
+  constexpr int kParts = kPartsOf<kProducts>;
+  const FwdTiles<kParts> w(a, scratch);
   Ahead ahead(a, next);
 
-  memset(w.zeros, 0, size_t(w.q_depth > w.v_wide ? w.q_depth : w.v_wide) * sizeof(*w.zeros));
+  memset(w.zeros, 0, size_t(w.widest) * sizeof(*w.zeros));
   rows_of(a, head, first_row, n, w.rows);
   const int64_t groups = (n + kSide - 1) / kSide;
   const auto rows_in = [&](int64_t g) { return n - g * kSide < kSide ? n - g * kSide : kSide; };
@@ -490,7 +717,7 @@ inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
     const Row* rows = w.rows + g * kSide;
     const void* queries[kSide];
     for (int64_t r = 0; r < kSide; ++r) queries[r] = r < rows_in(g) ? query_row(a, a.q, head, rows[r]) : w.zeros;
-    pack_query_columns(a, queries, a.head_dim, w.q + g * w.q_step, w.buffer);
+    pack_query_columns<kParts>(a, queries, a.head_dim, w.q + g * w.q_group, w.buffer);
     w.group[g] = TileGroup(rows, rows_in(g));
     lo = w.group[g].some_begin < lo ? w.group[g].some_begin : lo;
     hi = w.group[g].some_end > hi ? w.group[g].some_end : hi;
@@ -498,7 +725,7 @@ inline void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, cons
   memset(w.o, 0, size_t(groups * w.v_wide * kSide) * sizeof(float));
   for (int64_t r = 0; r < groups * kSide; ++r) w.m[r] = -std::numeric_limits<float>::infinity(), w.l[r] = 0;
 
-  const FwdPanels run = a.dropout_p > 0 ? fwd_panels_of<SomeKept>(w) : fwd_panels_of<AllKept>(w);
+  const auto run = a.dropout_p > 0 ? fwd_panels_of<kProducts, SomeKept>(w) : fwd_panels_of<kProducts, AllKept>(w);
   configure_squares();
   for (int64_t j0 = lo / w.keys * w.keys; j0 < hi; j0 += w.keys) {
     const int64_t block = hi - j0 < w.keys ? hi - j0 : w.keys;

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q_, const Tensor& 
                                                 const OptionalTensor& kv_lengths, const OptionalTensor& seed,
                                                 const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                                 int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t left, int64_t right,
-                                                double scale, double softcap, double dropout_p) {
+                                                double scale, double softcap, double dropout_p, int64_t parts) {
   const Tensor q = dense(q_, 3), k = dense(k_, 3), v = dense(v_, 3);
   Sequences sequences = packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k, kv_lengths, max_seqlen_q, max_seqlen_k);
   lmk::AttentionArgs a = attention_args(
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q_, const Tensor& 
       int64_t(sequences.size()), max_seqlen_q, max_seqlen_k);
   Tensor out = new_tensor(q, {a.seq_q, a.heads, a.head_dim_v});
   Tensor lse = new_tensor(q, {a.heads, a.seq_q}, accumulator(q));
-  run_attention_fwd(a, sequences, out, lse);
+  run_attention_fwd(a, sequences, out, lse, parts);
   return {out, lse};
 }
 
@@ -65,14 +65,14 @@ AttentionGradients attention_varlen_bwd(const OptionalTensor& dout, const Option
                                         const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                         int64_t max_seqlen_k, int64_t left, int64_t right, double scale, double softcap,
                                         double dropout_p, bool need_dbias, bool need_dslopes, bool need_dsink,
-                                        bool deterministic) {
+                                        bool deterministic, int64_t parts) {
   const Tensor q = dense(q_, 3), k = dense(k_, 3), v = dense(v_, 3);
   Sequences sequences = packed_sequences(q, k, cu_seqlens_q, cu_seqlens_k, kv_lengths, max_seqlen_q, max_seqlen_k);
   const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
                                  left, right, scale,        softcap, dropout_p};
   lmk::AttentionArgs a = attention_args(q, k, v, options, int64_t(sequences.size()), max_seqlen_q, max_seqlen_k);
   return run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes, need_dsink,
-                           deterministic);
+                           deterministic, parts);
 }
 
 }  // namespace

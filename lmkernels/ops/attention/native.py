@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from .._precision import float32_parts
 
 MAX_HEAD_DIM = 256
 
@@ -13,11 +14,11 @@ _FEATURES = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sink, Tensor? kv_lengths, Tensor? seed, "
     "SymInt left, SymInt right, SymInt offset, float scale, float softcap, float dropout_p"
 )
-_library.LIBRARY.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_FEATURES}) -> (Tensor, Tensor)")
+_library.LIBRARY.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_FEATURES}, int parts=3) -> (Tensor, Tensor)")
 _library.LIBRARY.define(
     "attention_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_FEATURES}, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_FEATURES}, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic, "
+    "int parts=3) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _fwd = torch.ops.lmkernels.attention_fwd.default
 _bwd = torch.ops.lmkernels.attention_bwd.default
@@ -55,6 +56,7 @@ def _(
     need_dslopes,
     need_dsink,
     deterministic,
+    parts=3,
 ):
     def like(x, needed=True):
         return x.new_empty(x.shape) if needed else q.new_empty(0)
@@ -75,7 +77,7 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]:
     """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of the schema."""
-    return _fwd(q, k, v, *features)
+    return _fwd(q, k, v, *features, float32_parts())
 
 
 def backward(
@@ -89,4 +91,4 @@ def backward(
     *features_and_needs,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""
-    return _bwd(dout, dlse, q, k, v, out, lse, *features_and_needs)
+    return _bwd(dout, dlse, q, k, v, out, lse, *features_and_needs, float32_parts())
