@@ -1284,16 +1284,16 @@ class LossCase:
 
 
 # A panel of tokens is 4 to 64 wide, a block of the vocabulary a multiple of 96, a slice of the depth 768 or 1536 deep;
-# more than 768 tokens make several chunks.
+# more than 768 tokens make several chunks. Up to 32 that count are few.
 LINEAR_CROSS_ENTROPY = [
     LossCase("one token", 1, 1000, 64, counted=1.0),
     LossCase("one class", 9, 1, 16),
     LossCase("d 1", 33, 40, 1, reduction="none"),
-    LossCase("everything odd", 37, 101, 33, bias=True),
+    LossCase("everything odd", 47, 101, 33, bias=True),
     LossCase("one past a panel and a block", 65, 97, 31),
     LossCase("several blocks", 100, 1009, 64, counted=1.0),
     LossCase("several slices of the vocabulary", 70, 3301, 40),
-    LossCase("several slices of the depth", 40, 130, 1601),
+    LossCase("several slices of the depth", 50, 130, 1601),
     LossCase("several chunks", 1601, 203, 20, counted=1.0),
     LossCase("several chunks, float32 weight", 1601, 203, 20, bias=True, float32_weight=True),
     LossCase("few labels", 300, 211, 48, counted=0.15),

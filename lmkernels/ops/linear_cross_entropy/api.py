@@ -44,8 +44,9 @@ def linear_cross_entropy(
 
     weight and bias have hidden's dtype; where that has 16 bits they may be float32: then the products are still of 16
     bits, without a copy of the weight in 16 bits, and its gradient is float32.
-    Returns float32 (float64 for float64). Differentiable in hidden, weight and bias; twice by recomputation through the
-    reference, which holds the logits.
+    Returns float32 (float64 for float64). Factors in float32 keep their digits, unless
+    `torch.set_float32_matmul_precision` allows fewer where that is faster. Differentiable in hidden, weight and bias;
+    twice by recomputation through the reference, which holds the logits.
 
     "mean" and "sum" compute the gradients together with the loss, from the same logits, and the backward only
     multiplies them by the gradient that arrives; a 16-bit weight's gradient is rounded before that, and again after it
