@@ -40,9 +40,12 @@ def native(function):
 
 
 def attention(dtype: torch.dtype) -> Iterator[str]:
-    for case in cases.ATTENTION:
-        yield case.name
-        attention_results(lmk.attention, case.make(dtype), backend="native")
+    for precision in ("highest", "high") if dtype == torch.float32 else ("highest",):
+        torch.set_float32_matmul_precision(precision)
+        for case in cases.ATTENTION:
+            yield f"{case.name}, {precision}"
+            attention_results(lmk.attention, case.make(dtype), backend="native")
+    torch.set_float32_matmul_precision("highest")
 
     def biased(q, k, v, table, **options):
         bias = lmk.RelativeBias(table, bidirectional=not options["causal"], max_distance=64)

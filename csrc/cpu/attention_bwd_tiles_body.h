@@ -249,7 +249,7 @@ int64_t bwd_tiles_scratch(const AttentionArgs& a) {
   return BwdTiles<kParts>(a, 2 * kBwdKeys, nullptr).bytes;
 }
 
-// Whether gradients of a key head are sums of parts: an infinity in one of its tensors would be NaN in them.
+// Whether a key head's gradients are made in parts: all that they are made of splits.
 inline bool grads_in_parts(const AttentionArgs& a, const AttentionTask& task) {
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const auto keys_fit = [&](const Heads& x, int64_t dim) {

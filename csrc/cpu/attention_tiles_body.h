@@ -96,11 +96,6 @@ class TileWork {
     } else {
       _tile_dpbf16ps(3, 5, 7);
     }
-    if constexpr (kProducts > 1 && kPair < 2) {  // a share of the next step's left factor
-      const uint32_t* next = p_->a + p_->a_step + kPair * p_->a_part + kQuarter * (kSide / 4) * p_->a_row;
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < kSide / 4; ++r) __builtin_prefetch(next + r * p_->a_row);
-    }
     if constexpr (kNumber == kQuarters - 1) {
       p_->a += p_->a_step, p_->b += p_->b_step;
       if (--p_->steps == 0) end();
@@ -384,11 +379,12 @@ struct FwdTiles {
   }
 };
 
-// Whether a row holds what is not the sum of parts: an infinity, a NaN, or what is rounded to an infinity.
+// Whether a row is not multiplied in parts: it holds an infinity or a NaN, or is next to the end of the range of
+// floats.
 inline bool odd_row(DType dtype, const void* row, int64_t dim) {
   __m512i largest = _mm512_setzero_si512();
   join_bits(dtype, row, dim, largest);
-  return !in_parts(largest);
+  return !splits(largest);
 }
 
 // Those of kSide rows, as bits.
@@ -415,7 +411,7 @@ bool pack_pairs(const AttentionArgs& a, const void* const* rows, int64_t dim, in
             pairs_across<kParts>(a.dtype, rows[2 * i], rows[2 * i + 1], c, dim - c, largest);
         for (int p = 0; p < kParts; ++p) _mm512_storeu_si512(dst + (p * kTileSide + i) * wide + c, pairs.part[p]);
       }
-  return in_parts(largest);
+  return splits(largest);
 }
 
 // The same turned: dst, parts (wide, kTileSide). buffer: (kParts, kTileSide, wide).
@@ -451,7 +447,7 @@ bool pack_panel(const AttentionArgs& a, const void* const* rows, int64_t dim, ui
       }
     }
   }
-  return in_parts(largest);
+  return splits(largest);
 }
 
 // A group of rows (kSide,) by columns: dst (dim in pairs up to whole tiles, kSide), by steps of kTileSide and parts.
@@ -475,7 +471,7 @@ void pack_query_columns(const AttentionArgs& a, const void* const* rows, int64_t
           turn_tile(buffer + p * kTileSide * kTileSide, dst + (c / kSide * kParts + p) * kPanelPairs + half * kTileSide,
                     kSide);
       }
-    if (__builtin_expect(in_parts(largest), 1)) return;
+    if (__builtin_expect(splits(largest), 1)) return;
     for (uint32_t odd = odd_rows(a.dtype, rows, dim); odd; odd &= odd - 1) {
       const int r = __builtin_ctz(odd);
       for (int64_t c = 0; c < dim; ++c) {

@@ -34,17 +34,12 @@ template <int kParts>
   }
 }
 
-// Whether elements whose largest has these bits are the sums of their parts: none is infinite, or rounded to that.
-constexpr uint32_t kInParts = 0x7f800000 - 0x8000;
-inline bool in_parts(__m512i largest) {
-  return _mm512_cmpge_epu32_mask(largest, _mm512_set1_epi32(int(kInParts))) == 0;
-}
-
 // Whether products of parts are neither lost below the range of floats nor beyond it, nor made NaN by an infinity's
 // missing parts, into which the largest floats may be rounded. a, b: bits of the largest elements of the factors
 inline bool splits(uint32_t a, uint32_t b) {
+  constexpr uint32_t kInfinity = 0x7f800000 - 0x8000;
   constexpr int kRange = 100;
-  if (a >= kInParts || b >= kInParts) return false;
+  if (a >= kInfinity || b >= kInfinity) return false;
   const int x = int(a >> 23) - 127, y = int(b >> 23) - 127;  // exponents
   return a == 0 || b == 0 || (x >= -kRange && y >= -kRange && x + y >= -kRange && x + y <= kRange);
 }

@@ -49,14 +49,6 @@ IN_PARTS = [
 AS_BEFORE = ["mask per key", "bias per head", "alibi", "softcap", "a short sequence, window", "everything is dropped"]
 
 
-@pytest.fixture
-def precision():
-    """torch.set_float32_matmul_precision, undone after the test."""
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 def in_parts() -> bool:
     return _library.cpu_isa() == "amx"
 
@@ -79,29 +71,29 @@ def results(inputs, function=attention) -> dict:
 
 
 @pytest.mark.parametrize("name", IN_PARTS)
-def test_at_high_precision_errors_stay_below_those_of_two_bfloat16(name, native, precision):
+def test_at_high_precision_errors_stay_below_those_of_two_bfloat16(name, native, matmul_precision):
     inputs = CASE[name].make(torch.float32)
     plain = results(inputs)
-    precision("high")
+    matmul_precision("high")
     actual = results(inputs)
     assert_close(actual, numerics.golden_attention(inputs))
     # else the next line would say nothing about tiles
     assert same_bits(actual, plain) == (set() if in_parts() else set(plain))
-    precision("medium")
+    matmul_precision("medium")
     assert same_bits(results(inputs), actual) == set(actual)
-    precision("highest")
+    matmul_precision("highest")
     assert same_bits(results(inputs), plain) == set(plain)
 
 
 @pytest.mark.parametrize("name", AS_BEFORE)
-def test_what_does_not_go_by_parts_has_the_same_bits_at_any_precision(name, native, precision):
+def test_what_does_not_go_by_parts_has_the_same_bits_at_any_precision(name, native, matmul_precision):
     inputs = CASE[name].make(torch.float32)
     plain = results(inputs)
-    precision("high")
+    matmul_precision("high")
     assert same_bits(results(inputs), plain) == set(plain)
 
 
-def test_packed_sequences_at_high_precision(native, precision):
+def test_packed_sequences_at_high_precision(native, matmul_precision):
     case = cases.AttentionVarlenCase(
         cases.AttentionCase("packed", 4, 4, 150, 170, 64, h_kv=2, causal=True, sink=True),
         (150, 40, 0, 97),
@@ -109,15 +101,15 @@ def test_packed_sequences_at_high_precision(native, precision):
     )
     inputs = case.make(torch.float32)
     plain = results(inputs, attention_varlen)
-    precision("high")
+    matmul_precision("high")
     actual = results(inputs, attention_varlen)
     assert_close(actual, numerics.golden_attention(inputs, attention_varlen))
     assert same_bits(actual, plain) == (set() if in_parts() else set(plain))
 
 
 @pytest.mark.parametrize("name", ["two key heads for six", "many", "lengths, causal"])
-def test_at_high_precision_bits_depend_on_neither_threads_nor_the_batch(name, native, precision):
-    precision("high")
+def test_at_high_precision_bits_depend_on_neither_threads_nor_the_batch(name, native, matmul_precision):
+    matmul_precision("high")
     inputs = CASE[name].make(torch.float32)
     expected, threads = results(inputs), torch.get_num_threads()
     try:
@@ -134,9 +126,9 @@ def test_at_high_precision_bits_depend_on_neither_threads_nor_the_batch(name, na
         assert torch.equal(alone[x], expected[x][:1]), x
 
 
-def test_at_high_precision_a_prompt_may_be_read_in_parts(native, precision):
+def test_at_high_precision_a_prompt_may_be_read_in_parts(native, matmul_precision):
     """Queries have the bits that they have when all are read at once, as long as more than 32 come together."""
-    precision("high")
+    matmul_precision("high")
     q, k, v = (torch.randn(1, 700, 2, 64) for _ in "qkv")
     whole = attention(q, k, v, causal=True, backend="native")
     for begin, end in ((0, 33), (33, 500), (500, 700)):
@@ -144,28 +136,28 @@ def test_at_high_precision_a_prompt_may_be_read_in_parts(native, precision):
         assert torch.equal(part, whole[:, begin:end]), (begin, end)
 
 
-def test_at_high_precision_dropout_draws_the_same_numbers(native, precision):
+def test_at_high_precision_dropout_draws_the_same_numbers(native, matmul_precision):
     q, k = torch.randn(2, 37, 4, 16), torch.randn(2, 203, 2, 16)
     v = torch.eye(203)[None, :, None].expand(2, 203, 2, 203)
-    precision("high")
+    matmul_precision("high")
     weights = attention(q, k, v, dropout_p=0.3, seed=-7, backend="native").transpose(1, 2)
     assert torch.equal(weights != 0, attention_keep(torch.tensor(-7), 2, 4, 37, 203, 0.3))
 
 
-def test_at_high_precision_scores_that_grow_raise_the_maximum(native, precision):
+def test_at_high_precision_scores_that_grow_raise_the_maximum(native, matmul_precision):
     case = cases.AttentionCase("growing scores", 1, 2, 70, 2100, 64)
     inputs = case.make(torch.float32)
     inputs = replace(inputs, k=inputs.k * torch.linspace(0, 8, case.s_k)[:, None, None])
     golden = numerics.golden_attention(inputs)
-    precision("high")
+    matmul_precision("high")
     out, lse = attention(inputs.q, inputs.k, inputs.v, return_lse=True, backend="native")
     # a score of 20 errs by 2^-17 of the products that it is the sum of
     assert (out - golden["out"]).abs().max() < 2e-3 and (lse - golden["lse"]).abs().max() < 1e-3
 
 
-def test_large_numbers_at_high_precision(native, precision):
+def test_large_numbers_at_high_precision(native, matmul_precision):
     """Next to the largest float, which rounded to bfloat16 is an infinity."""
-    precision("high")
+    matmul_precision("high")
     most = 0.999 * torch.finfo(torch.float32).max
     q, k, v = (torch.randn(1, n, 1, 16) for n in (40, 70, 70))
     q[0, :, 0, 0] = torch.linspace(-1, 1, 40) * most
@@ -185,9 +177,9 @@ VALUES = [float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("tensor", ["q", "k", "v"])
 @pytest.mark.parametrize("value", VALUES, ids=str)
-def test_what_is_not_finite_gives_what_plain_torch_gives(value, tensor, dtype, native, precision):
+def test_what_is_not_finite_gives_what_plain_torch_gives(value, tensor, dtype, native, matmul_precision):
     """And changes no bit of another head, nor of a row that does not see it; two of them lie in panels of their own."""
-    precision("high")
+    matmul_precision("high")
     causal = tensor != "v"  # by multiply-adds, a weight of 0 makes NaN of it
     x = {name: torch.randn(1, 150, 2, 24).to(dtype) for name in "qkv"}
     clean, clean_lse = attention(**x, causal=causal, return_lse=True, backend=native)
@@ -210,24 +202,35 @@ def test_what_is_not_finite_gives_what_plain_torch_gives(value, tensor, dtype, n
 @pytest.mark.parametrize("tensor", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_gradients_of_what_is_not_finite_are_not_finite_where_multiply_adds_give_that(
-    value, tensor, dtype, native, precision
+    value, tensor, dtype, native, matmul_precision
 ):
     inputs = CASE["one token past a tile, padded"].make(dtype)
     x = getattr(inputs, tensor).clone()
     x[0, 40, 0, 3] = value
     inputs = replace(inputs, **{tensor: x})
     plain = results(inputs.to(torch.float32))
-    precision("high")
+    matmul_precision("high")
     actual = results(inputs)
     for name in ("dq", "dk", "dv"):
         assert torch.equal(actual[name].isnan(), plain[name].isnan()), name
         assert torch.equal(actual[name].isinf(), plain[name].isinf()), name
 
 
-def test_small_gradients_at_high_precision(native, precision):
+def test_small_gradients_at_high_precision(native, matmul_precision):
     """Of a loss that is a mean over many tokens, and of one whose gradients would be lost below the range of floats."""
     inputs = CASE["odd lengths"].make(torch.float32)
     for factor in (2.0**-40, 2.0**-110):
         small = replace(inputs, dout=inputs.dout * factor, dlse=inputs.dlse * factor)
-        precision("high")
+        matmul_precision("high")
         assert_close(results(small), numerics.golden_attention(small))
+
+
+@pytest.mark.parametrize(
+    "scales", [(1, 1, 1e-33), (1e37, 1e-37, 1), (1e-30, 1e30, 1e30), (1e-10, 1e-10, 1e-30)], ids=str
+)
+def test_digits_are_kept_over_the_range_of_floats_at_high_precision(scales, native, matmul_precision):
+    q, k, v = (torch.randn(1, 100, 2, 32) * scale for scale in scales)
+    golden = attention(*(x.double() for x in (q, k, v)), return_lse=True, backend="reference")
+    matmul_precision("high")
+    out, lse = attention(q, k, v, return_lse=True, backend="native")
+    assert_close({"out": out, "lse": lse}, dict(zip(("out", "lse"), golden, strict=True)))

@@ -73,7 +73,8 @@ def attention(
 
     Returns (b, s_q, h, d_v) in q's dtype, and lse (b, h, s_q) in float32 (float64 for float64) on request.
     Differentiable in q, k, v, bias, alibi_slopes and sink, through lse too; twice by recomputation through the
-    reference. Sums and exponentials are float32 (float64 for float64). A query that sees no key gets zeros, zero
+    reference. Sums and exponentials are float32 (float64 for float64); factors in float32 keep their digits, unless
+    `torch.set_float32_matmul_precision` allows fewer where that is faster. A query that sees no key gets zeros, zero
     gradients and lse = -inf.
 
     Raises ValueError or TypeError for bad arguments, NotImplementedError when `backend` cannot run them.
