@@ -46,6 +46,10 @@ def attention(dtype: torch.dtype) -> Iterator[str]:
             yield f"{case.name}, {precision}"
             attention_results(lmk.attention, case.make(dtype), backend="native")
     torch.set_float32_matmul_precision("highest")
+    shapes = [case for case in cases.ATTENTION if "odd" in case.name or "head size" in case.name]
+    for case in shapes if dtype == torch.float32 else ():
+        yield f"{case.name}, float16"
+        attention_results(lmk.attention, case.make(torch.float16), backend="native")
 
     def biased(q, k, v, table, **options):
         bias = lmk.RelativeBias(table, bidirectional=not options["causal"], max_distance=64)
@@ -102,6 +106,12 @@ def linear(dtype: torch.dtype) -> Iterator[str]:
         inputs = case.make(dtype)
         inputs["residual"] = torch.randn(*case.lead, case.d_out).to(dtype)
         results(native(lmk.linear), inputs, inputs, activation=activation)
+    for layout, precision in itertools.product(("rows", "columns"), ("high", "medium")):
+        yield f"strides of {layout}, {precision}"
+        torch.set_float32_matmul_precision(precision)
+        inputs = cases.LinearCase("parts", (70,), 90, 130, layout=layout).make(dtype)
+        results(native(lmk.linear), inputs, inputs)
+    torch.set_float32_matmul_precision("highest")
     for rows, d_in, d_out, layout in ((1, 100, 70, "rows"), (5, 33, 129, "columns"), (16, 770, 33, "padded")):
         yield f"{rows} rows"
         inputs = cases.LinearCase("few rows", (rows,), d_in, d_out, layout=layout).make(dtype)
