@@ -26,7 +26,7 @@ struct BinaryFn {
 template <class T>
 struct MicroVectors {
   int64_t lanes;
-  UnaryFn<T> unary[4];
+  UnaryFn<T> unary[5];
   BinaryFn<T> binary[4];
   T (*reduce_add)(const T* x);  // of one vector
   T (*reduce_max)(const T* x);

@@ -61,6 +61,7 @@ LMK_UNARY(tanh)
 LMK_UNARY(round_small)
 #if LMK_BF16_DOT
 LMK_UNARY(exp_bf16)
+LMK_UNARY(exp2)
 #endif
 LMK_BINARY(max)
 LMK_BINARY(min)
@@ -124,6 +125,7 @@ constexpr MicroVectors<float> vectors_of_float() {
   MicroVectors<float> vectors = vectors_of<float>();
 #if LMK_BF16_DOT
   vectors.unary[3] = {"exp_bf16", Unary<float, exp_bf16_op>::run};
+  vectors.unary[4] = {"exp2", Unary<float, exp2_op>::run};
 #endif
   return vectors;
 }

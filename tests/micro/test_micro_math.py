@@ -71,6 +71,15 @@ def test_exp_for_bfloat16_weights_is_as_exact_as_it_says(isa):
     assert small[0] == 1 and 0 <= small[1] < LEAST_NORMAL and (small[2:5] == 0).all() and np.isnan(small[5])
 
 
+def test_exp2_for_weights_of_two_bfloat16_is_as_exact_as_it_says(isa):
+    if not isa.has_bf16_products:
+        pytest.skip("this instruction set multiplies no bfloat16")
+    for x in floats(-126.0, 127.0):
+        assert not x.size or np.abs(isa.exp2(x) / np.exp2(x.astype(np.float64)) - 1).max() <= 2e-7
+    small = isa.exp2(np.array([0.0, -127.0, -200.0, -1e30, -np.inf, np.nan], np.float32))
+    assert small[0] == 1 and 0 <= small[1] < LEAST_NORMAL and (small[2:5] == 0).all() and np.isnan(small[5])
+
+
 def test_tanh_is_as_exact_as_it_says(isa):
     assert worst_ulps(isa.tanh, np.tanh) <= 1.4
     x = np.linspace(-20.0, 20.0, DOUBLES)
