@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_sum_is_rounded_once(backend):
 
 @pytest.mark.parametrize("case", ["BERT", "packed", "positions of each token"])
 def test_gradcheck_to_the_second_order(case, backend):
-    inputs, tables = cases.replace(CASE[case], s=3, d=2, vocab=4).make(torch.float64)
+    inputs, tables = replace(CASE[case], s=3, d=2, vocab=4).make(torch.float64)
 
     def function(*tables_):
         return embed(**inputs | dict(zip(tables, tables_, strict=True)), backend=backend)

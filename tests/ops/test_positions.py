@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_results_and_gradients_are_as_accurate_as_plain_torch(case, dtype, backe
 
 @pytest.mark.parametrize("case", ["GPT-2", "positions of each token", "packed"])
 def test_gradcheck_to_the_second_order(case, backend):
-    inputs = cases.replace(CASE[case], s=3, d=2).make_added(torch.float64)
+    inputs = replace(CASE[case], s=3, d=2).make_added(torch.float64)
     leaves = [inputs[name].requires_grad_() for name in ("x", "table")]
 
     def function(x, table):
