@@ -11,6 +11,7 @@ import torch
 
 import lmkernels
 from lmkernels import _library
+from lmkernels.ops._precision import float32_parts
 
 
 def diagnosis() -> dict:
@@ -35,7 +36,7 @@ def diagnosis() -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": {3: "highest", 2: "high", 1: "medium"}[float32_parts()],
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "compiler": compiler(),
         "backends": lmkernels.backends(),

@@ -299,7 +299,7 @@ void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const Atten
   }
 
   const auto run = a.dropout_p > 0 ? bwd_groups<kParts, SomeKept> : bwd_groups<kParts, AllKept>;
-  configure_squares();
+  configure_tiles(kTileSide, kTileSide);
   for (int64_t j0 = task.part * step; j0 < head.seq_k; j0 += head.parts * step) {
     const int64_t stored = head.seq_k - j0 < step ? head.seq_k - j0 : step;
     const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;

@@ -28,12 +28,6 @@ struct TileProduct {
   bool add;
 };
 
-inline void configure_squares() {
-  TileShapes s;
-  for (int tile = 0; tile < 8; ++tile) s.set(tile, kTileSide, kTileSide);
-  s.load();
-}
-
 // The products of parts that a step adds up, each of which shares a factor with the one before: three of two parts
 // leave out less than 2^-16 of a product, four nothing.
 struct PartPair {
@@ -722,7 +716,7 @@ void fwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const Atten
   for (int64_t r = 0; r < groups * kSide; ++r) w.m[r] = -std::numeric_limits<float>::infinity(), w.l[r] = 0;
 
   const auto run = a.dropout_p > 0 ? fwd_panels_of<kProducts, SomeKept>(w) : fwd_panels_of<kProducts, AllKept>(w);
-  configure_squares();
+  configure_tiles(kTileSide, kTileSide);
   for (int64_t j0 = lo / w.keys * w.keys; j0 < hi; j0 += w.keys) {
     const int64_t block = hi - j0 < w.keys ? hi - j0 : w.keys;
     pack_panels(a, head, w, j0, block);

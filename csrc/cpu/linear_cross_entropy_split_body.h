@@ -44,12 +44,6 @@ inline void multiply_plain(const Matrix& a, const Matrix& b, int64_t rows, int64
   });
 }
 
-inline TileShapes whole_tiles() {
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kTileSide, kTileSide);
-  return shapes;
-}
-
 // Of the vocabulary, that dhidden's product takes at once: what is packed of it leaves room in the L2 cache.
 template <int kParts>
 constexpr int64_t kDhiddenDepth = kSplitDepth / kParts;
@@ -146,7 +140,6 @@ void split_logits_task(const LossArgs& a, int64_t task, void* scratch) {
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const SplitLogitsScratch<kParts> s(a, own);
-  const TileShapes shapes = whole_tiles();
   start_block(m, task);
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
   for (int64_t row = task * a.vocab_block; row < end; row += kLossRows<M>) {
@@ -154,7 +147,7 @@ void split_logits_task(const LossArgs& a, int64_t task, void* scratch) {
     for (int64_t k = 0; k == 0 || k < a.depth; k += kSplitDepth) {
       const int64_t depth = least(kSplitDepth, a.depth - k), steps = split_steps(depth);
       const uint32_t bits = pack_split<kParts, true>(a.weight, row, n, k, depth, s.turned, s.packed);
-      shapes.load();
+      configure_tiles(kTileSide, kTileSide);
       for (int64_t token = 0; token < a.count; token += kSplitSide) {
         const int64_t have = least(kSplitSide, a.count - token);
         float* c = a.keep_logits ? m.logits + token * m.vocab + row * kSplitSide : s.passing + token * kLossRows<M>;
@@ -180,7 +173,6 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
   Arena shared(a.shared), own(scratch);
   const LossMemory<M> m(a, shared);
   const SplitDweightScratch<kParts> s(a, m, own);
-  const TileShapes shapes = whole_tiles();
   const int64_t end = least(a.vocab, (task + 1) * a.vocab_block);
   for (int64_t row = task * a.vocab_block; row < end; row += kLossRows<M>) {
     const int64_t n = least(kLossRows<M>, end - row);
@@ -202,7 +194,7 @@ void split_dweight_task(const LossArgs& a, int64_t task, void* scratch) {
       }
     }
     if (!a.dweight) continue;
-    shapes.load();
+    configure_tiles(kTileSide, kTileSide);
     for (int64_t col = 0; col < m.width; col += kSplitSide)
       for (int64_t i = 0; i < n; i += kSplitSide)
         multiply_split<kParts>(s.packed + i * m.row_elements, m.rows + col * m.row_elements, split_steps(a.count),
@@ -222,12 +214,11 @@ void split_dhidden_task(const LossArgs& a, int64_t task, void* scratch) {
   const int64_t cols = least(a.hidden_cols_per_task, a.depth - col);
   const int64_t begin = split * a.split_rows, end = least(a.vocab, begin + a.split_rows);
   const SplitDhiddenScratch<kParts> s(cols, own);
-  const TileShapes shapes = whole_tiles();
   const Matrix weight = transposed(a.weight);
   for (int64_t k = begin; k < end; k += kDhiddenDepth<kParts>) {
     const int64_t n = least(kDhiddenDepth<kParts>, end - k), steps = split_steps(n);
     const uint32_t bits = pack_split<kParts, false>(weight, col, cols, k, n, s.w.turned, s.w.b);
-    shapes.load();
+    configure_tiles(kTileSide, kTileSide);
     for (int64_t token = 0; token < a.count; token += kSplitSide) {
       const int64_t have = least(kSplitSide, a.count - token);
       const Matrix derivatives = transposed(derivatives_of(m, k, token));

@@ -215,8 +215,6 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
   const int64_t parts = (depth + kSplitDepth - 1) / kSplitDepth;
   const int64_t step = parts > 1 ? round_up((depth + parts - 1) / parts, kSplitSide) : kSplitDepth;
   const int64_t take = a.depth_stride == 1 ? kSplitSide : kMatmulRows;
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, kTileSide, kTileSide);
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
     const int64_t n = depth - k < step ? depth - k : step, steps = split_steps(n);
     const bool last = k + step >= depth;
@@ -228,7 +226,7 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
         const int64_t done = last ? taken : 0;
         return matmul<MathFma<float>>(a, b, row + done, rows - done, col, cols, depth, w.plain, epilogue);
       }
-      shapes.load();
+      configure_tiles(kTileSide, kTileSide);
       for (int64_t i = 0; i < count; i += kSplitSide) {
         const int64_t r = taken + i, have = count - i < kSplitSide ? count - i : kSplitSide;
         float* const c = depth <= kSplitDepth ? w.c : w.c + r * w.c_ld;

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library
+from ..ops._precision import float32_parts
 from ..ops.attention import attention
 from ..ops.attention.reference import visible_keys
 from ..ops.attention_varlen import attention_varlen
@@ -106,7 +107,7 @@ def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> T
 
 def factor_rounding() -> float:
     """The largest relative error of a factor of a float32 product on the CPU, as torch's precision allows it."""
-    return {"highest": 0.0, "high": 2.0**-17, "medium": 2.0**-9}[torch.get_float32_matmul_precision()]
+    return {3: 0.0, 2: 2.0**-17, 1: 2.0**-9}[float32_parts()]
 
 
 def _max(x: Tensor) -> float:
