@@ -40,7 +40,7 @@ void finish_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, cons
   E *out = static_cast<E*>(e.out) + at, *pre = e.pre ? static_cast<E*>(e.pre) + at : nullptr;
   const B* bias = e.bias ? static_cast<const B*>(e.bias) + col : nullptr;
   const E* residual = e.residual ? static_cast<const E*>(e.residual) + row * e.residual_row + col : nullptr;
-  const auto finished = [&](int64_t i) {
+  const auto finished = [&](int64_t i) __attribute__((always_inline)) {
     V x = V::load(product + i);
     if (bias) x = x + load_vec(bias + i);
     if (pre) store_vec(x, pre + i);

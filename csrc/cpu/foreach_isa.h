@@ -53,7 +53,7 @@
 #define LMK_POP_TARGET LMK_PRAGMA(GCC pop_options)
 #endif
 
-LMK_PUSH_TARGET("avx2,fma,f16c")
+LMK_PUSH_TARGET("avx2,fma,f16c,prfchw")
 #define LMK_NS avx2
 #define LMK_LANES 8
 #define LMK_BF16_DOT 0
@@ -65,7 +65,7 @@ LMK_PUSH_TARGET("avx2,fma,f16c")
 #undef LMK_TILES
 LMK_POP_TARGET
 
-LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+LMK_PUSH_TARGET("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl")
 #define LMK_NS avx512
 #define LMK_LANES 16
 #define LMK_BF16_DOT 0
@@ -77,7 +77,7 @@ LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #undef LMK_TILES
 LMK_POP_TARGET
 
-LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
+LMK_PUSH_TARGET("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define LMK_NS avx512bf16
 #define LMK_LANES 16
 #define LMK_BF16_DOT 1
@@ -90,7 +90,7 @@ LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx
 LMK_POP_TARGET
 
 #ifdef LMK_BODY_HAS_TILES
-LMK_PUSH_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+LMK_PUSH_TARGET("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #define LMK_NS amx
 #define LMK_LANES 16
 #define LMK_BF16_DOT 1

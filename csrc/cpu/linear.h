@@ -29,6 +29,7 @@ struct LinearArgs {
   Epilogue end;
   HeadSplit split;  // in place of end.out where split.q is not null; then without activation and residual
   int64_t rows_per_task, cols_per_task;
+  int64_t tasks_apart;  // from a task to the one that its thread will probably do next
 };
 
 // Gradients through out = activation(pre), or out = activation(gate) * pre, or out = pre. All are (rows, cols).
@@ -54,9 +55,15 @@ struct JoinArgs {
   void* product;  // (rows, (heads + 2 heads_kv) head_dim)
 };
 
+// What a task should be: tasks that pack rows of A, too, want to be wide, since each packs its own.
+struct TaskShare {
+  int64_t most_cols, tasks_per_thread;
+};
+
 struct LinearKernels {
   int64_t accumulator_size;
-  int64_t row_unit, most_rows, least_cols, tasks_per_thread;       // of what a task should be
+  int64_t row_unit, most_rows, least_cols;                         // of a task
+  TaskShare share, share_packing_a;
   int64_t most_depth;                                              // that a task packs at once
   int64_t packed_bytes;                                            // of an element of B
   int64_t (*scratch)(const LinearArgs&);                           // bytes

@@ -24,11 +24,12 @@ Tensor dense_rows(const Tensor& x) {
 
 // Blocks of C, as large as leaves a few for every thread: what is packed serves a whole block.
 void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_t col_unit) {
-  constexpr int64_t kCols = 384, kLeastRows = 192, kPackedBytes = 1200 << 10;  // more than half of an L2 cache
-  const int64_t threads = torch::stable::get_num_threads(), wanted = kernels.tasks_per_thread * threads;
+  constexpr int64_t kLeastRows = 192, kPackedBytes = 1200 << 10;  // more than half of an L2 cache
+  const auto& share = a.a.depth_stride == 1 ? kernels.share : kernels.share_packing_a;
+  const int64_t threads = torch::stable::get_num_threads(), wanted = share.tasks_per_thread * threads;
   const auto count = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
   const int64_t column = std::max<int64_t>(1, std::min(a.depth, kernels.most_depth)) * kernels.packed_bytes;
-  const int64_t most_cols = std::clamp(kPackedBytes / column, kernels.least_cols, kCols);
+  const int64_t most_cols = std::clamp(kPackedBytes / column, kernels.least_cols, share.most_cols);
   int64_t row_blocks = std::max<int64_t>(1, count(a.rows, kernels.most_rows)),
           col_blocks = std::max<int64_t>(1, count(a.cols, most_cols));
   const auto uneven = [&](int64_t tasks) { return tasks < 4 * threads && tasks % threads != 0; };
@@ -50,6 +51,7 @@ void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
   choose_blocks(a, kernels, col_unit);
   const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
   const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
+  a.tasks_apart = torch::stable::get_num_threads();
   run_tasks(row_blocks * col_blocks, kernels.scratch(a), 2.0 * a.rows * a.cols * a.depth,
             [&](int64_t task, void* scratch) { kernels.matmul(a, task, scratch); });
 }

@@ -63,6 +63,28 @@ struct Finish {
     }
   }
 
+  void bring(int64_t row, int64_t n, LinesAhead& ahead) const {
+    const Epilogue& e = args.end;
+    const auto rows = [&](const void* data, int64_t stride, DType dtype, bool for_write) {
+      const int64_t size = element_size(dtype);
+      if (data)
+        ahead.add(static_cast<const char*>(data) + (row * stride + col) * size, n, cols * size, stride * size, for_write);
+    };
+    rows(e.gate, e.out_row, e.pre_dtype, false);
+    rows(e.residual, e.residual_row, e.dtype, false);
+    rows(e.pre, e.out_row, e.pre_dtype, true);
+    rows(e.out, e.out_row, e.dtype, true);
+    const HeadSplit& s = args.split;
+    int64_t from = -col;
+    for (void* part : {s.q, s.k, s.v}) {
+      const int64_t width = (part == s.q ? s.heads : s.heads_kv) * s.head_dim, size = element_size(e.dtype);
+      const int64_t first = from < 0 ? -from : 0, last = width < cols - from ? width : cols - from;
+      if (part)
+        ahead.add(static_cast<char*>(part) + (row * width + first) * size, n, (last - first) * size, width * size, true);
+      from += width;
+    }
+  }
+
   // Parts of heads occur only where nothing is rotated.
   void split_row(int64_t row, T* c) const {
     const HeadSplit& s = args.split;
@@ -85,19 +107,25 @@ int64_t linear_scratch(const LinearArgs& a) {
   return arena.used();
 }
 
+// Empty for a task beyond the last.
+inline Block block_of(const LinearArgs& a, int64_t task) {
+  const int64_t across = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
+  const int64_t row = task / across * a.rows_per_task, col = task % across * a.cols_per_task;
+  if (row >= a.rows) return {};
+  return {row, a.rows - row < a.rows_per_task ? a.rows - row : a.rows_per_task, col,
+          a.cols - col < a.cols_per_task ? a.cols - col : a.cols_per_task};
+}
+
 template <class M>
 void linear_matmul(const LinearArgs& a, int64_t task, void* scratch) {
-  const int64_t blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
-  const int64_t row = task / blocks * a.rows_per_task, col = task % blocks * a.cols_per_task;
-  const int64_t rows = a.rows - row < a.rows_per_task ? a.rows - row : a.rows_per_task;
-  const int64_t cols = a.cols - col < a.cols_per_task ? a.cols - col : a.cols_per_task;
+  const Block block = block_of(a, task);
   Arena arena(scratch);
-  const MatmulScratch<M> w(rows, cols, a.depth, arena);
-  const Finish<typename M::Acc> finish{a, col, cols};
+  const MatmulScratch<M> w(block.rows, block.cols, a.depth, arena);
+  const Finish<typename M::Acc> finish{a, block.col, block.cols};
   if constexpr (kBySplit<M>)
-    matmul_split(a.a, a.b, row, rows, col, cols, a.depth, w, finish);
+    matmul_split(a.a, a.b, block, a.depth, w, finish);
   else
-    matmul<M>(a.a, a.b, row, rows, col, cols, a.depth, w, finish);
+    matmul<M>(a.a, a.b, block, block_of(a, task + a.tasks_apart), a.depth, w, finish);
 }
 
 // A part of a row of ActivationArgs. sum (columns,) is added to.
@@ -228,11 +256,21 @@ constexpr LinearKernels linear_of(int64_t packed_bytes, int64_t most_depth = kMa
   using T = typename M::Acc;
   // tiles multiply so fast that to pack B once, for all rows, and to read A a few times is worth more than even shares
   constexpr bool kTiles = kByTiles<M>;
-  return {sizeof(T),          kTiles ? 32 : kTileRows, kTiles ? 1152 : 576,
-          kTiles ? 192 : 128, kTiles ? 1 : 4,          most_depth,
-          packed_bytes,       linear_scratch<M>,       linear_matmul<M>,
-          activation_task<T>, sum_blocks<T>,           move_row<T, false>,
-          move_row<T, true>};
+  constexpr TaskShare kShare = kTiles ? TaskShare{384, 1} : TaskShare{192, 4};
+  return {.accumulator_size = sizeof(T),
+          .row_unit = kTiles ? 32 : kTileRows,
+          .most_rows = kTiles ? 1152 : 576,
+          .least_cols = kTiles ? 192 : 128,
+          .share = kShare,
+          .share_packing_a = kTiles ? kShare : TaskShare{768, 2},
+          .most_depth = most_depth,
+          .packed_bytes = packed_bytes,
+          .scratch = linear_scratch<M>,
+          .matmul = linear_matmul<M>,
+          .activation = activation_task<T>,
+          .sum_blocks = sum_blocks<T>,
+          .split = move_row<T, false>,
+          .join = move_row<T, true>};
 }
 
 // Where there are tiles, of so many parts to an element.

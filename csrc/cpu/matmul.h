@@ -1,5 +1,6 @@
 // Large matrix products C (rows, cols) = A (rows, depth) * B (depth, cols), block by block: B is packed once per task,
 // A is read where it lies or packed by blocks of rows, and sums stay in scratch memory until an epilogue takes them.
+// Meanwhile what is read and written next is brought into the caches.
 // Included once per instruction set after rows.h, hence no include guard.
 
 namespace lmk {
@@ -157,33 +158,67 @@ void take_a(const Matrix& a, int64_t row, int64_t rows, int64_t k, int64_t n, co
   g.a_depth = ld;
 }
 
-// epilogue(row, n, c, c_ld) takes the sums c (n, cols), rows of whole vectors, of rows [row, row + n), and may change
-// them.
+// Of lines [line, line + lines) over [k, k + n): the given one of so many shares.
+inline void bring(const Matrix& x, int64_t line, int64_t lines, int64_t k, int64_t n, int64_t share, int64_t shares,
+                  LinesAhead& ahead) {
+  const int64_t size = element_size(x.dtype);
+  const bool along = x.depth_stride == 1;
+  const int64_t count = along ? lines : n, stride = (along ? x.line_stride : x.depth_stride) * size;
+  const int64_t first = count * share / shares, last = count * (share + 1) / shares;
+  ahead.add(static_cast<const char*>(at(x, line, k)) + first * stride, last - first, (along ? n : lines) * size, stride);
+}
+
+// A part of C.
+struct Block {
+  int64_t row, rows, col, cols;
+};
+
+// The part `block` of C. epilogue(row, n, c, c_ld) takes the sums c (n, cols), rows of whole vectors, of rows
+// [row, row + n), and may change them; if it has bring(row, n, ahead), that adds the memory it will touch. `next` is
+// what this thread will probably compute then, empty if unknown.
 template <class M, class Epilogue>
-void matmul(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t depth,
+void matmul(const Matrix& a, const Matrix& b, const Block& block, const Block& next, int64_t depth,
             const MatmulScratch<M>& w, const Epilogue& epilogue) {
+  const auto [row, rows, col, cols] = block;
   GemmArgs<M> g{};
+  LinesAhead ahead;
+  g.ahead = &ahead;
   g.c_row = w.c_ld;
   const int64_t most = kMatmulDepth<M> * M::kPack, parts = (depth + most - 1) / most;
   const bool even = kByTiles<M> && parts > 1;
   const int64_t step = even ? round_up((depth + parts - 1) / parts, 2 * kTileSide) : most;
   // packed rows of A should leave room for B in the L2 cache; columns are worth packing many at once
   const int64_t take = a.depth_stride == 1 ? kPassRows<M> : kMatmulRows;
+  const int64_t passes = (rows + kPassRows<M> - 1) / kPassRows<M>;
+  const auto up_to = [](int64_t n, int64_t most) { return n < most ? n : most; };
   for (int64_t k = 0; k == 0 || k < depth; k += step) {
-    const int64_t n = depth - k < step ? depth - k : step;
+    const int64_t n = up_to(depth - k, step);
     const bool last = k + step >= depth;
+    // what comes after this part of the depth
+    const Block& then = last ? next : block;
+    const int64_t k_then = last ? 0 : k + step, n_then = up_to(depth - k_then, step);
     pack_b<M>(b, col, cols, k, n, w, g);
     g.depth = depth_elements<M>(n);
     for (int64_t taken = 0; taken < rows; taken += take) {
-      const int64_t count = rows - taken < take ? rows - taken : take;
+      const int64_t count = up_to(rows - taken, take);
       take_a<M>(a, row + taken, count, k, n, w, g);
       for (int64_t i = 0; i < count; i += kPassRows<M>) {
-        const int64_t r = taken + i, have = count - i < kPassRows<M> ? count - i : kPassRows<M>;
+        const int64_t r = taken + i, have = up_to(count - i, kPassRows<M>);
         g.c = depth <= most ? w.c : w.c + r * w.c_ld;
+        if constexpr (!kByTiles<M>) {
+          ahead.clear();
+          bring(b, then.col, then.cols, k_then, n_then, r / kPassRows<M>, passes, ahead);
+          if (taken + take < rows)
+            bring(a, row + taken + take, up_to(rows - taken - take, take), k, n, 0, 1, ahead);
+          else
+            bring(a, then.row, up_to(then.rows, take), k_then, n_then, 0, 1, ahead);
+          if constexpr (requires { epilogue.bring(row, have, ahead); })
+            if (last) epilogue.bring(row + r, have, ahead);
+        }
         if (k == 0)
-          gemm<M, Start::zero>(g, have, w.vecs);
+          gemm<M, Start::zero, !kByTiles<M>>(g, have, w.vecs);
         else
-          gemm<M, Start::add>(g, have, w.vecs);
+          gemm<M, Start::add, !kByTiles<M>>(g, have, w.vecs);
         if (last) epilogue(row + r, have, g.c, w.c_ld);
         g.a += kPassRows<M> * g.a_row;
       }

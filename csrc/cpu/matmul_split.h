@@ -209,8 +209,9 @@ void multiply_split(const uint32_t* a, const uint32_t* b, int64_t steps, float* 
 }
 
 template <int kParts, class Epilogue>
-void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t depth,
+void matmul_split(const Matrix& a, const Matrix& b, const Block& block, int64_t depth,
                   const MatmulScratch<MathSplit<kParts>>& w, const Epilogue& epilogue) {
+  const auto [row, rows, col, cols] = block;
   constexpr int64_t kStep = MathSplit<kParts>::kStep;
   const int64_t parts = (depth + kSplitDepth - 1) / kSplitDepth;
   const int64_t step = parts > 1 ? round_up((depth + parts - 1) / parts, kSplitSide) : kSplitDepth;
@@ -224,7 +225,7 @@ void matmul_split(const Matrix& a, const Matrix& b, int64_t row, int64_t rows, i
       if (!splits(pack_split<kParts, true>(a, row + taken, count, k, n, w.turned, w.a), bits)) {
         // rows before these are finished or, where the depth goes on, taken anew
         const int64_t done = last ? taken : 0;
-        return matmul<MathFma<float>>(a, b, row + done, rows - done, col, cols, depth, w.plain, epilogue);
+        return matmul<MathFma<float>>(a, b, {row + done, rows - done, col, cols}, {}, depth, w.plain, epilogue);
       }
       configure_tiles(kTileSide, kTileSide);
       for (int64_t i = 0; i < count; i += kSplitSide) {
