@@ -99,7 +99,7 @@ def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> T
     if dtype != input_dtype:
         return torch.maximum((golden.to(input_dtype).double() - golden).abs() / 256, ulp)
     if dtype == torch.float32:
-        return ulp + factor_rounding() * (golden.abs() + 4 * _rms(golden))
+        return ulp + 1.5 * factor_rounding() * (golden.abs() + 4 * _rms(golden))
     if dtype == torch.float64:
         return ulp
     return golden.to(dtype).double() - golden
