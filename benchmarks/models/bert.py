@@ -54,7 +54,7 @@ class Shape:
 def lines() -> list[harness.Line]:
     return [
         line(direction, Shape(ragged=ragged), dtype)
-        for direction in ("inference", "training")
+        for direction in ("inference", "classification", "training")
         for ragged in (False, True)
         for dtype in DTYPES
     ] + [line("int8 inference", Shape(ragged=ragged), "bfloat16") for ragged in (False, True)]
@@ -85,18 +85,23 @@ def model(module, name: str, shape: Shape, dtype: str = "float32", **options):
 
 
 @functools.lru_cache(maxsize=1)
-def inference(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
-    """Calls that give the last hidden state, (b, s, d_model)."""
+def inference(dtype: str, shape: Shape, name: str = "BertModel") -> dict[str, Callable[[], torch.Tensor]]:
+    """Calls that give the last hidden state, (b, s, d_model), or what the model `name` returns first."""
     import transformers
 
     inputs = shape.batch()
-    ours = model(lmkernels.models, "BertModel", shape, dtype).eval()
-    theirs = model(transformers, "BertModel", shape, dtype, attn_implementation="sdpa").eval()
-    calls = {"ours": hidden_state(ours, inputs), "transformers": hidden_state(theirs, inputs)}
+    ours = model(lmkernels.models, name, shape, dtype).eval()
+    theirs = model(transformers, name, shape, dtype, attn_implementation="sdpa").eval()
+    calls = {"ours": first_output(ours, inputs), "transformers": first_output(theirs, inputs)}
     if harness.device.type == "cpu" and importlib.util.find_spec("openvino"):
-        theirs = model(transformers, "BertModel", shape, attn_implementation="sdpa").eval()
+        theirs = model(transformers, name, shape, attn_implementation="sdpa").eval()
         calls["OpenVINO"] = openvino(theirs, inputs, dtype)
     return calls
+
+
+def classification(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Tensor]]:
+    """Calls that give logits of two classes, (b, 2)."""
+    return inference(dtype, shape, "BertForSequenceClassification")
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,10 +109,10 @@ def int8_inference(dtype: str, shape: Shape) -> dict[str, Callable[[], torch.Ten
     inputs = shape.batch()
     ours, wide = (model(lmkernels.models, "BertModel", shape, dtype).eval() for _ in range(2))
     quantize(ours, "int8")
-    return {"ours": hidden_state(ours, inputs), f"ours, {dtype}": hidden_state(wide, inputs)}
+    return {"ours": first_output(ours, inputs), f"ours, {dtype}": first_output(wide, inputs)}
 
 
-def hidden_state(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+def first_output(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
     def call():
         with torch.no_grad():
             return module(**inputs)[0]
@@ -165,13 +170,20 @@ class Step:
         return losses
 
 
-COMPETITORS = {"inference": inference, "training": training, "int8 inference": int8_inference}
+COMPETITORS = {
+    "inference": inference,
+    "classification": classification,
+    "training": training,
+    "int8 inference": int8_inference,
+}
 
 
 def wrong(direction: str, shape: Shape, dtype: str) -> str | None:
-    """Why a result is wrong: the hidden states of the real tokens, or the losses of steps without dropout."""
+    """Why a result is wrong: the hidden states of the real tokens, logits, or the losses of steps without dropout."""
     if direction == "training":
         results = {name: step.without_dropout(2) for name, step in training(dtype, shape).items()}
+    elif direction == "classification":
+        results = {name: call() for name, call in classification(dtype, shape).items()}
     else:
         real = shape.batch()["attention_mask"].bool()
         results = {name: call()[real] for name, call in COMPETITORS[direction](dtype, shape).items()}
@@ -186,8 +198,11 @@ def wrong(direction: str, shape: Shape, dtype: str) -> str | None:
 
 def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
     d, lengths = shape.width, shape.lengths
-    per_token = shape.layers * 12 * d * d
-    scores = shape.layers * 2 * d * int((lengths**2).sum())
+    tokens = int(lengths.sum())
+    per_token, scores = 12 * d * d, 2 * d * int((lengths**2).sum())  # of a layer
+    work = shape.layers * (tokens * per_token + scores)
+    if direction in ("classification", "training"):  # of the last layer, keys, values and what the first tokens take
+        work -= (tokens - shape.b) * 10 * d * d + scores - 2 * d * tokens
     return harness.Line(
         group=direction,
         case=f"{direction}, {'ragged' if shape.ragged else 'dense'}, b {shape.b} s {shape.s}",
@@ -195,5 +210,5 @@ def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
         direction="",
         competitors=lambda: COMPETITORS[direction](dtype, shape),
         wrong=lambda: wrong(direction, shape, dtype),
-        flops=2 * (int(lengths.sum()) * per_token + scores) * (3 if direction == "training" else 1),
+        flops=2 * work * (3 if direction == "training" else 1),
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..nn import LayerNorm, Linear
 from ..nn.encoder import is_watched
 from ..ops._checks import autocast
+from ..ops.attention.capture import listening
 from ..ops.embed import embed
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.norms import layer_norm
@@ -201,10 +202,16 @@ class BertSelfAttention(nn.Module):
         self.num_heads, self.dropout_p = config.num_attention_heads, config.attention_probs_dropout_prob
         self.query, self.key, self.value = (Linear(config.hidden_size, config.hidden_size) for _ in range(3))
 
-    def forward(self, x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: AllTokens | RealTokens, firsts: bool = False) -> Tensor:
+        """firsts: (n, d_model), of the first token of every row that has one, instead of (t, d_model)."""
         (x,) = autocast(x)  # once for the three
-        q, k, v = (project(m, x).unflatten(1, (self.num_heads, -1)) for m in (self.query, self.key, self.value))
-        return tokens.attend(q, k, v, self.dropout_p if self.training else 0.0).flatten(1)  # (t, d_model)
+        asking = tokens.firsts(x) if firsts else x
+        q, k, v = (
+            project(m, source).unflatten(1, (self.num_heads, -1))
+            for m, source in ((self.query, asking), (self.key, x), (self.value, x))
+        )
+        attend = tokens.attend_from_firsts if firsts else tokens.attend
+        return attend(q, k, v, self.dropout_p if self.training else 0.0).flatten(1)
 
 
 class AddAndNorm(nn.Module):
@@ -232,7 +239,9 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = AddAndNorm(config, config.hidden_size)
 
-    def forward(self, x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: AllTokens | RealTokens, firsts: bool = False) -> Tensor:
+        if firsts:
+            return self.output(self.self(x, tokens, firsts), tokens.firsts(x))
         return self.output(self.self(x, tokens), x)
 
 
@@ -253,9 +262,18 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = AddAndNorm(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
-        x = self.attention(x, tokens)
+    def forward(self, x: Tensor, tokens: AllTokens | RealTokens, firsts: bool = False) -> Tensor:
+        x = self.attention(x, tokens, firsts) if firsts else self.attention(x, tokens)
         return self.output(self.intermediate(x), x)
+
+    def computes_firsts(self) -> bool:
+        """Whether it may compute the first tokens alone: where nobody sees that it is no whole layer."""
+        mine = (type(self), type(self.attention), type(self.attention.self)) == (
+            BertLayer,
+            BertAttention,
+            BertSelfAttention,
+        )
+        return mine and not listening and not any(map(is_watched, self.modules()))
 
 
 class BertEncoder(nn.Module):
@@ -263,10 +281,16 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
-        for layer in self.layer:
+    def forward(self, x: Tensor, tokens: AllTokens | RealTokens, firsts: bool = False) -> Tensor:
+        """firsts: only the first tokens are wanted, (n, d_model), and all that the last layer does for the others is
+        their keys and values."""
+        *layers, last = self.layer
+        for layer in layers:
             x = layer(x, tokens)
-        return x
+        if firsts and last.computes_firsts():
+            return last(x, tokens, firsts)
+        x = last(x, tokens)
+        return tokens.firsts(x) if firsts else x
 
 
 class BertPooler(nn.Module):
@@ -275,8 +299,8 @@ class BertPooler(nn.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
-        """(t, d_model) to (b, d_model)."""
-        return tokens.spread(project(self.dense, tokens.firsts(x), "tanh"))
+        """First tokens (n, d_model) to (b, d_model)."""
+        return tokens.spread(project(self.dense, x, "tanh"))
 
 
 class BertPreTrainedModel(PretrainedModel):
@@ -332,15 +356,16 @@ class BertModel(BertPreTrainedModel):
                                        False
         """
         x, tokens = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
-        pooled = None if self.pooler is None else self.pooler(x, tokens)
+        pooled = None if self.pooler is None else self.pooler(tokens.firsts(x), tokens)
         return returned(
             BaseModelOutputWithPooling(last_hidden_state=tokens.unpack(x), pooler_output=pooled), return_dict
         )
 
     def encode(
-        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent: dict
+        self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent: dict, firsts: bool = False
     ) -> tuple[Tensor, AllTokens | RealTokens]:
-        """The hidden states (t, d_model) of the real tokens, and which these are."""
+        """The hidden states (t, d_model) of the real tokens, or (n, d_model) of the firsts of all rows that have one, and
+        which these are."""
         check_absent(absent)
         given = self._check(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         (b, s), device = given.shape[:2], given.device
@@ -357,7 +382,7 @@ class BertModel(BertPreTrainedModel):
             ):
                 if index is not None:
                     check_range(name, index, getattr(config, limit_name), limit_name)
-        return self.encoder(self.embeddings(ids, embeds, positions, types), tokens), tokens
+        return self.encoder(self.embeddings(ids, embeds, positions, types), tokens, firsts), tokens
 
     def _check(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds) -> Tensor:
         """Raises for arguments of bad shape or kind; returns the one of input_ids and inputs_embeds that is given."""
@@ -507,7 +532,7 @@ class BertForPreTraining(BertPreTrainedModel):
         check_labels("labels", labels, input_ids, inputs_embeds, self.config.vocab_size)
         check_labels("next_sentence_label", next_sentence_label, input_ids, inputs_embeds, 2, per_row=True)
         x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
-        relationship = project(self.cls.seq_relationship, self.bert.pooler(x, tokens))  # (b, 2)
+        relationship = project(self.cls.seq_relationship, self.bert.pooler(tokens.firsts(x), tokens))  # (b, 2)
         loss, logits = None, None
         if labels is not None and next_sentence_label is not None:
             labels = tokens.pack(labels)
@@ -557,7 +582,9 @@ class BertForSequenceClassification(BertPreTrainedModel):
             Hugging Face does: a regression when num_labels is 1, one label when they are integers, else several
         num_items_in_batch: divides the summed loss, instead of the number of labels in this batch
         """
-        x, tokens = self.bert.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent)
+        x, tokens = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent, firsts=True
+        )
         logits = project(self.classifier, self.dropout(self.bert.pooler(x, tokens)))  # (b, num_labels)
         loss = None if labels is None else self._loss(logits.float(), labels, num_items_in_batch)
         return returned(SequenceClassifierOutput(loss=loss, logits=logits), return_dict)

@@ -53,6 +53,11 @@ class AllTokens:
         q, k, v = (x.view(self.b, self.s, *x.shape[1:]) for x in (q, k, v))
         return attention(q, k, v, dropout_p=dropout_p).flatten(0, 1)
 
+    def attend_from_firsts(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        """As attend, with the queries of the first tokens alone: q (n, h, d)."""
+        k, v = (x.view(self.b, self.s, *x.shape[1:]) for x in (k, v))
+        return attention(q.unsqueeze(1), k, v, dropout_p=dropout_p).squeeze(1)
+
 
 class RealTokens:
     """The t real tokens of a padded batch (b, s), wherever in their rows they are; as AllTokens."""
@@ -87,3 +92,7 @@ class RealTokens:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         bounds = (self.cu_seqlens, self.cu_seqlens, self.longest, self.longest)
         return attention_varlen(q, k, v, *bounds, dropout_p=dropout_p)
+
+    def attend_from_firsts(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+        cu_firsts = F.pad(self.cu_seqlens.diff().clamp(max=1).cumsum(0), (1, 0)).int()
+        return attention_varlen(q, k, v, cu_firsts, self.cu_seqlens, 1, self.longest, dropout_p=dropout_p)

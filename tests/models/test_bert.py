@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmkernels import capture_attention
 from lmkernels.models import (
     BertConfig,
     BertForMaskedLM,
@@ -238,9 +239,36 @@ def test_nothing_of_padding_is_computed(monkeypatch):
     monkeypatch.setattr(
         project, "linear", lambda x, *a, linear=project.linear, **k: rows.append(len(x)) or linear(x, *a, **k)
     )
+    inputs = batch()
+    real = int(inputs["attention_mask"].sum())
+    small(BertForTokenClassification)(**inputs)
+    assert rows == [real] * 12 + [real]
+    rows.clear()
+    small(BertForSequenceClassification)(**inputs)
+    assert rows == [real] * 6 + [B, real, real, B, B, B] + [B, B]  # of the last layer, keys and values
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_classifier_does_not_notice_what_its_last_layer_leaves_out(padded):
+    """Nor does who watches the layer, or asks for its attention."""
     model, inputs = small(BertForSequenceClassification), batch()
-    model(**inputs)
-    assert rows == [int(inputs["attention_mask"].sum())] * 12 + [B, B]
+    if not padded:
+        del inputs["attention_mask"]
+    else:
+        inputs["attention_mask"][2] = 0  # a row without a token
+    labels = labels_of(model)
+    out = model(**inputs, **labels)
+    expected = gradients(model, out.loss)
+    with capture_attention() as maps:
+        close(model(**inputs).logits, out.logits)
+    assert [x.shape[2] for x in maps] == 2 * [S if not padded else int(inputs["attention_mask"].sum(1).max())]
+    seen = []
+    hook = model.bert.encoder.layer[1].attention.register_forward_hook(lambda module, args, x: seen.append(len(x)))
+    whole = model(**inputs, **labels)
+    hook.remove()
+    assert seen == [B * S if not padded else int(inputs["attention_mask"].sum())]
+    close(out.logits, whole.logits)
+    close_gradients(gradients(model, whole.loss), expected)
 
 
 @pytest.mark.parametrize("num_labels", [1, 3])
