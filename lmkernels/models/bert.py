@@ -364,8 +364,8 @@ class BertModel(BertPreTrainedModel):
     def encode(
         self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, absent: dict, firsts: bool = False
     ) -> tuple[Tensor, AllTokens | RealTokens]:
-        """The hidden states (t, d_model) of the real tokens, or (n, d_model) of the firsts of all rows that have one, and
-        which these are."""
+        """The hidden states (t, d_model) of the real tokens, and which these are. firsts: (n, d_model) instead, of the
+        first token of every row that has one."""
         check_absent(absent)
         given = self._check(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         (b, s), device = given.shape[:2], given.device
