@@ -19,6 +19,8 @@
 // and tests these, never __AVX2__ and its like, which clang does not set here. A body that has something to do with
 // tiles is compiled for amx where LMK_BODY_HAS_TILES is defined; others run there as they are for avx512bf16.
 //
+// prfchw lets __builtin_prefetch(p, 1) ask for a line to write; a CPU without it (Haswell) takes that for a nop.
+//
 // The target is set by pragma around the body alone, so what the standard library's headers define stays code for the
 // baseline CPU, and the linker cannot let a copy that needs AVX stand in for it.
 #include "isa.h"
@@ -90,7 +92,8 @@ LMK_PUSH_TARGET("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512v
 LMK_POP_TARGET
 
 #ifdef LMK_BODY_HAS_TILES
-LMK_PUSH_TARGET("avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
+LMK_PUSH_TARGET(
+    "avx2,fma,f16c,prfchw,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8")
 #define LMK_NS amx
 #define LMK_LANES 16
 #define LMK_BF16_DOT 1

@@ -82,8 +82,8 @@ constexpr int kTileVecs = 4;
 constexpr int kTileVecs = 2;
 #endif
 
-// Memory that is wanted soon, brought in a few lines at a time while a product is computed, the last block first. Into the
-// L1 cache, which passes it on to L2: of fetches to L2 alone, a Zen 4 drops most.
+// Memory that is wanted soon, brought in a few lines at a time while a product is computed, the last block first. Into
+// the L1 cache, which passes it on to L2: of what was asked for in L2, a Zen 4 often had nothing there afterwards.
 class LinesAhead {
  public:
   static constexpr int kDepth = kTileVecs == 4 ? 32 : 128;  // of a product, to a step: some 800 cycles

@@ -62,7 +62,7 @@ struct TaskShare {
 
 struct LinearKernels {
   int64_t accumulator_size;
-  int64_t row_unit, most_rows, least_cols;                         // of a task
+  int64_t row_unit, most_rows, least_cols;  // of a task
   TaskShare share, share_packing_a;
   int64_t most_depth;                                              // that a task packs at once
   int64_t packed_bytes;                                            // of an element of B

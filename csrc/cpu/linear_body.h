@@ -68,7 +68,8 @@ struct Finish {
     const auto rows = [&](const void* data, int64_t stride, DType dtype, bool for_write) {
       const int64_t size = element_size(dtype);
       if (data)
-        ahead.add(static_cast<const char*>(data) + (row * stride + col) * size, n, cols * size, stride * size, for_write);
+        ahead.add(static_cast<const char*>(data) + (row * stride + col) * size, n, cols * size, stride * size,
+                  for_write);
     };
     rows(e.gate, e.out_row, e.pre_dtype, false);
     rows(e.residual, e.residual_row, e.dtype, false);
@@ -80,7 +81,8 @@ struct Finish {
       const int64_t width = (part == s.q ? s.heads : s.heads_kv) * s.head_dim, size = element_size(e.dtype);
       const int64_t first = from < 0 ? -from : 0, last = width < cols - from ? width : cols - from;
       if (part)
-        ahead.add(static_cast<char*>(part) + (row * width + first) * size, n, (last - first) * size, width * size, true);
+        ahead.add(static_cast<char*>(part) + (row * width + first) * size, n, (last - first) * size, width * size,
+                  true);
       from += width;
     }
   }

@@ -35,13 +35,14 @@ Matrix derivatives_of(const LossMemory<M>& m, int64_t row, int64_t token) {
 // C (rows, cols) = A B, or C += A B, by multiply-adds.
 inline void multiply_plain(const Matrix& a, const Matrix& b, int64_t rows, int64_t cols, int64_t depth,
                            const MatmulScratch<MathFma<float>>& w, float* c, int64_t c_ld, bool add) {
-  matmul<MathFma<float>>(a, b, {0, rows, 0, cols}, {}, depth, w, [&](int64_t row, int64_t n, const float* sums, int64_t ld) {
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t i = 0; i < cols; ++i) {
-        float& to = c[(row + r) * c_ld + i];
-        to = add ? to + sums[r * ld + i] : sums[r * ld + i];
-      }
-  });
+  matmul<MathFma<float>>(a, b, {0, rows, 0, cols}, {}, depth, w,
+                         [&](int64_t row, int64_t n, const float* sums, int64_t ld) {
+                           for (int64_t r = 0; r < n; ++r)
+                             for (int64_t i = 0; i < cols; ++i) {
+                               float& to = c[(row + r) * c_ld + i];
+                               to = add ? to + sums[r * ld + i] : sums[r * ld + i];
+                             }
+                         });
 }
 
 // Of the vocabulary, that dhidden's product takes at once: what is packed of it leaves room in the L2 cache.

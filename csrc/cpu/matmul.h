@@ -165,7 +165,8 @@ inline void bring(const Matrix& x, int64_t line, int64_t lines, int64_t k, int64
   const bool along = x.depth_stride == 1;
   const int64_t count = along ? lines : n, stride = (along ? x.line_stride : x.depth_stride) * size;
   const int64_t first = count * share / shares, last = count * (share + 1) / shares;
-  ahead.add(static_cast<const char*>(at(x, line, k)) + first * stride, last - first, (along ? n : lines) * size, stride);
+  ahead.add(static_cast<const char*>(at(x, line, k)) + first * stride, last - first, (along ? n : lines) * size,
+            stride);
 }
 
 // A part of C.
