@@ -34,6 +34,7 @@ def assert_as_accurate(
     *,
     dtype: torch.dtype | None = None,
     samples: int | None = None,
+    products: int = 1,
 ) -> None:
     """`actual` is as close to `golden` as `low_precision` is.
 
@@ -43,6 +44,7 @@ def assert_as_accurate(
     dtype: of the inputs, where it is not actual's
     samples: how many independent errors the result holds, where that is fewer than its elements; the scores of one
         query share a normaliser, for instance, and so its error.
+    products: of matrices that follow on one another, each of which rounds its factors as torch's precision allows
 
     With error(x) = x - golden and rounding as in `_rounding`, which nothing can avoid:
         max|error(actual)|    <= MAX_RATIO UNFUSED c max|error(low_precision)| + 2 max|rounding|
@@ -68,7 +70,7 @@ def assert_as_accurate(
     expected = golden[finite]
     error, low_error = actual64[finite] - expected, low64[finite] - expected
     dtype = dtype or actual.dtype
-    rounding = _rounding(expected, actual.dtype, dtype)
+    rounding = _rounding(expected, actual.dtype, dtype, products)
 
     chance = 1 + 4 / math.sqrt(min(samples or math.inf, expected.numel()))
     limit = MAX_RATIO * UNFUSED * chance * _max(low_error) + 2 * _max(rounding)
@@ -87,19 +89,19 @@ def assert_as_accurate(
         )
 
 
-def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype) -> Tensor:
+def _rounding(golden: Tensor, dtype: torch.dtype, input_dtype: torch.dtype, products: int) -> Tensor:
     """The error of `golden` rounded to 16 bits; for float32 and float64 an ulp of golden.
 
     There the inputs may be exact and the exact result too (a weight of one, say), but not a weight recomputed from lse.
     Float32 results of 16-bit inputs (lse, a loss, gradients of float32 options) get 1/256 of the rounding that every
     input has been through, if that is more: the exponential of a kernel for 16 bits may be shorter. Those of float32
-    inputs get a few times what torch's precision lets factors of products err by.
+    inputs get a few times what torch's precision lets factors err by, for each of the products.
     """
     ulp = golden.abs() * torch.finfo(dtype).eps
     if dtype != input_dtype:
         return torch.maximum((golden.to(input_dtype).double() - golden).abs() / 256, ulp)
     if dtype == torch.float32:
-        return ulp + 1.5 * factor_rounding() * (golden.abs() + 4 * _rms(golden))
+        return ulp + products * factor_rounding() * (golden.abs() + 4 * _rms(golden))
     if dtype == torch.float64:
         return ulp
     return golden.to(dtype).double() - golden
@@ -155,6 +157,7 @@ def assert_op_as_accurate(
     *,
     dtype: torch.dtype,
     samples: int | None = None,
+    products: int = 1,
     **options,
 ) -> None:
     """Every result and gradient of function(**inputs, **options) by the rule of `assert_as_accurate`.
@@ -163,6 +166,7 @@ def assert_op_as_accurate(
     plain: what one writes in eager torch, run in the dtype of the inputs
     differentiable: names of the inputs whose gradients are compared
     dtype: of the inputs
+    samples, products: as there
     """
     differentiable = tuple(differentiable)
     actual = results(function, inputs, differentiable, **options)
@@ -181,7 +185,9 @@ def assert_op_as_accurate(
         if actual[name].dtype != yardstick[name].dtype and dtype != torch.float64:
             errors.append(f"{name}: dtype {actual[name].dtype}, plain torch {yardstick[name].dtype}")
         try:
-            assert_as_accurate(actual[name], exact, yardstick[name], name, dtype=dtype, samples=samples)
+            assert_as_accurate(
+                actual[name], exact, yardstick[name], name, dtype=dtype, samples=samples, products=products
+            )
         except AssertionError as error:
             errors.append(str(error))
     if errors:

@@ -78,7 +78,9 @@ def test_factors_are_rounded_only_as_far_as_torchs_precision_says(precision, mat
         (swiglu_mlp, plain_swiglu, swiglu_inputs(torch.float32)),
     ):
         golden = reference_mlp if function is mlp else reference_swiglu
-        numerics.assert_op_as_accurate(function, golden, plain, inputs, inputs, dtype=torch.float32, backend=native)
+        numerics.assert_op_as_accurate(
+            function, golden, plain, inputs, inputs, dtype=torch.float32, products=2, backend=native
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
