@@ -254,18 +254,23 @@ void finish_row(const DecodeArgs& a, int64_t b, const DecodeRow& row, T m, T l, 
   store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
 }
 
-// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`.
+// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`. Those of the block after it, up to key
+// j0 + ahead, are fetched where they lie in pages: there the CPU does not look ahead by itself.
 template <class T>
 void gather_scales(const DecodeArgs& a, const TokenRows& x, const DecodeTask& t, int64_t j0, int64_t n, int64_t padded,
-                   T* scales) {
-  const char* rows[kDecodeBlock];
-  cache_rows(a, x, t.b, t.hk, j0, n, rows);
+                   int64_t ahead, T* scales) {
+  const char* rows[2 * kDecodeBlock];
+  const bool fetch = a.block_table != nullptr;
+  cache_rows(a, x, t.b, t.hk, j0, fetch ? ahead : n, rows);
   for (int64_t j = 0; j < n; ++j) {
     float scale;
     memcpy(&scale, rows[j], sizeof(scale));
     scales[j] = T(scale);
   }
   for (int64_t j = n; j < padded; ++j) scales[j] = 0;
+  const auto line = [&](int64_t j) { return reinterpret_cast<uintptr_t>(rows[j]) / 64; };
+  for (int64_t j = n; fetch && j < ahead; ++j)
+    if (line(j) != line(j - 1)) fetch_to_l2(rows[j]);
 }
 
 template <class P>
@@ -315,8 +320,8 @@ void decode_attend(const DecodeArgs& a, int64_t index, void* scratch) {
     for (int64_t j = 0; j < unseen; ++j) values[j] = values[unseen];
     T key_scale[kDecodeBlock], value_scale[kDecodeBlock];
     if (kScaled) {
-      gather_scales(a, a.k_scale, t, j0, n, padded, key_scale);
-      gather_scales(a, a.v_scale, t, j0, n, padded, value_scale);
+      gather_scales(a, a.k_scale, t, j0, n, padded, ahead, key_scale);
+      gather_scales(a, a.v_scale, t, j0, n, padded, ahead, value_scale);
       for (int64_t j = 0; j < unseen; ++j) value_scale[j] = 0;
     }
 

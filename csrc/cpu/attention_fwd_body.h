@@ -134,7 +134,7 @@ inline void key_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head
   for (int64_t j = 0; j < n; ++j) rows[j] = key_row(a, x, head, j0 + j);
 }
 
-inline void prefetch_row(const void* row, int64_t bytes) {
+[[gnu::always_inline]] inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }
 

@@ -33,7 +33,7 @@ inline const E* table_row(const EmbedTable& t, int64_t b, int64_t s) {
   return static_cast<const E*>(t.data) + t.indices.at(b, s) * t.row;
 }
 
-inline void prefetch_row(const void* x, int64_t bytes) {
+[[gnu::always_inline]] inline void prefetch_row(const void* x, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(x) + i);
 }
 

@@ -28,7 +28,7 @@ int64_t depth_elements(int64_t n) {
 }
 
 // Lines that lie pages apart are not fetched ahead by the CPU: brings in the one that is packed so many lines later.
-inline void fetch_line(const Matrix& x, int64_t line, int64_t p, int64_t lines) {
+[[gnu::always_inline]] inline void fetch_line(const Matrix& x, int64_t line, int64_t p, int64_t lines) {
   constexpr int64_t kAhead = 8;
   const char* data = static_cast<const char*>(at(x, line, p + kAhead));
   for (int64_t i = 0; i < lines * element_size(x.dtype); i += 64) __builtin_prefetch(data + i);

@@ -23,7 +23,7 @@ void token_angles(const RotaryArgs& a, int64_t b, int64_t row, T* cos, T* sin) {
 }
 
 template <class E>
-inline void prefetch_row(const E* x, int64_t n) {
+[[gnu::always_inline]] inline void prefetch_row(const E* x, int64_t n) {
   const char* p = reinterpret_cast<const char*>(x);
   for (int64_t i = 0; i < n * int64_t(sizeof(E)); i += 64) __builtin_prefetch(p + i);
 }

@@ -295,7 +295,7 @@ using ProductsForBf16 = FmaProducts<Bf16>;
 using ProductsForInt8 = FmaProducts<int8_t>;
 #endif
 
-inline void fetch_bytes(const char* row, int64_t bytes) {
+[[gnu::always_inline]] inline void fetch_bytes(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) fetch_to_l2(row + i);
 }
 
