@@ -62,21 +62,26 @@ inline char* token_row(const TokenRows& x, int64_t outer, int64_t token, int64_t
   return x.data + outer * x.outer + token * x.token + head * x.head;
 }
 
-// Rows of one key head of the cache at positions j0 .. j0 + n.
+// Calls f(row, j, count) for every run of rows of one key head at positions j0 + j on that are x.token bytes apart, until
+// all of j0 .. j0 + n have been named.
+template <class F>
+inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n, F f) {
+  if (!a.block_table) return f(token_row(x, b, j0, hk), int64_t(0), n);
+  const int32_t* page = a.block_table + b * a.table_stride + j0 / a.block_size;
+  int64_t slot = j0 % a.block_size;
+  for (int64_t j = 0; j < n; ++page, slot = 0) {
+    const int64_t count = least(n - j, a.block_size - slot);
+    // a number that is out of range must not be read through
+    f(token_row(x, most(0, least(*page, a.num_blocks - 1)), slot, hk), j, count);
+    j += count;
+  }
+}
+
 inline void cache_rows(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n,
                        const char** rows) {
-  if (!a.block_table) {
-    const char* row = token_row(x, b, j0, hk);
-    for (int64_t j = 0; j < n; ++j, row += x.token) rows[j] = row;
-    return;
-  }
-  const int32_t* table = a.block_table + b * a.table_stride;
-  int64_t page = j0 / a.block_size, slot = j0 % a.block_size;
-  for (int64_t j = 0; j < n; ++page, slot = 0) {
-    // a number that is out of range must not be read through
-    const char* row = token_row(x, most(0, least(table[page], a.num_blocks - 1)), slot, hk);
-    for (; j < n && slot < a.block_size; ++slot, row += x.token) rows[j++] = row;
-  }
+  each_run(a, x, b, hk, j0, n, [&](const char* row, int64_t j, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) rows[j + i] = row + i * x.token;
+  });
 }
 
 inline char* cache_row(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j) {
@@ -254,23 +259,24 @@ void finish_row(const DecodeArgs& a, int64_t b, const DecodeRow& row, T m, T l, 
   store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
 }
 
-// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`. Those of the block after it, up to key
-// j0 + ahead, are fetched where they lie in pages: there the CPU does not look ahead by itself.
+// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`. In pages, where the CPU does not look
+// ahead by itself, those of the keys after them are fetched, up to key j0 + ahead.
 template <class T>
 void gather_scales(const DecodeArgs& a, const TokenRows& x, const DecodeTask& t, int64_t j0, int64_t n, int64_t padded,
                    int64_t ahead, T* scales) {
-  const char* rows[2 * kDecodeBlock];
-  const bool fetch = a.block_table != nullptr;
-  cache_rows(a, x, t.b, t.hk, j0, fetch ? ahead : n, rows);
-  for (int64_t j = 0; j < n; ++j) {
-    float scale;
-    memcpy(&scale, rows[j], sizeof(scale));
-    scales[j] = T(scale);
-  }
+  each_run(a, x, t.b, t.hk, j0, n, [&](const char* row, int64_t j, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      float scale;
+      memcpy(&scale, row + i * x.token, sizeof(scale));
+      scales[j + i] = T(scale);
+    }
+  });
   for (int64_t j = n; j < padded; ++j) scales[j] = 0;
-  const auto line = [&](int64_t j) { return reinterpret_cast<uintptr_t>(rows[j]) / 64; };
-  for (int64_t j = n; fetch && j < ahead; ++j)
-    if (line(j) != line(j - 1)) fetch_to_l2(rows[j]);
+  if (!a.block_table) return;
+  each_run(a, x, t.b, t.hk, j0 + n, ahead - n, [&](const char* row, int64_t, int64_t count) {
+    const int64_t step = x.token < 64 ? 64 : x.token;
+    for (int64_t i = 0; i < count * x.token; i += step) fetch_to_l2(row + i);
+  });
 }
 
 template <class P>
