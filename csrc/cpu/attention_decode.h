@@ -19,7 +19,11 @@ struct TokenRows {
 
 constexpr int64_t kDecodeBlock = 64;       // keys whose scores are held at once; shares of the keys are multiples of it
 constexpr int64_t kDecodeMostRows = 64;    // query rows of one task
-constexpr int64_t kDecodeMostTasks = 256;  // of one sequence, or a few more
+// Tasks of one sequence, or a few more: 16 where it has the keys, up to 64 of 256 keys or more and up to 256 of 1024 or
+// more, as to begin a task costs as much as some 20 keys.
+inline int64_t decode_tasks(int64_t keys) {
+  return std::clamp<int64_t>(keys / 1024, std::clamp<int64_t>(keys / 256, 16, 64), 256);
+}
 
 // One sequence of the batch: what it holds and how its keys are shared out. All of it follows from the sequence alone.
 struct DecodeSequence {
@@ -69,8 +73,8 @@ inline DecodeSequence decode_sequence(const DecodeArgs& a, int64_t before) {
   s.total = before + a.seq_new;
   const int64_t seen = a.left < 0 ? 0 : std::max<int64_t>(0, s.total - a.seq_q - a.left);
   s.first = seen / kDecodeBlock * kDecodeBlock;
-  const int64_t keys = s.total - s.first,
-                most = std::max<int64_t>(1, kDecodeMostTasks / std::max<int64_t>(1, a.heads_kv * a.row_chunks()));
+  const int64_t keys = s.total - s.first, heads = std::max<int64_t>(1, a.heads_kv * a.row_chunks());
+  const int64_t most = std::max<int64_t>(1, decode_tasks(heads * keys) / heads);
   const int64_t blocks = std::max<int64_t>(1, (keys + kDecodeBlock - 1) / kDecodeBlock);
   const int64_t blocks_per_share = (blocks + most - 1) / most;
   s.share = blocks_per_share * kDecodeBlock;
