@@ -17,8 +17,8 @@ struct TokenRows {
   int64_t outer, token, head;
 };
 
-constexpr int64_t kDecodeBlock = 64;       // keys whose scores are held at once; shares of the keys are multiples of it
-constexpr int64_t kDecodeMostRows = 64;    // query rows of one task
+constexpr int64_t kDecodeBlock = 64;     // keys whose scores are held at once; shares of the keys are multiples of it
+constexpr int64_t kDecodeMostRows = 64;  // query rows of one task
 // Tasks of one sequence, or a few more: 16 where it has the keys, up to 64 of 256 keys or more and up to 256 of 1024 or
 // more, as to begin a task costs as much as some 20 keys.
 inline int64_t decode_tasks(int64_t keys) {

@@ -62,8 +62,8 @@ inline char* token_row(const TokenRows& x, int64_t outer, int64_t token, int64_t
   return x.data + outer * x.outer + token * x.token + head * x.head;
 }
 
-// Calls f(row, j, count) for every run of rows of one key head at positions j0 + j on that are x.token bytes apart, until
-// all of j0 .. j0 + n have been named.
+// Calls f(row, j, count) for every run of rows of one key head at positions j0 + j on that are x.token bytes apart,
+// until all of j0 .. j0 + n have been named.
 template <class F>
 inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n, F f) {
   if (!a.block_table) return f(token_row(x, b, j0, hk), int64_t(0), n);
