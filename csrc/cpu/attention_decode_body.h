@@ -65,7 +65,8 @@ inline char* token_row(const TokenRows& x, int64_t outer, int64_t token, int64_t
 // Calls f(row, j, count) for every run of rows of one key head at positions j0 + j on that are x.token bytes apart,
 // until all of j0 .. j0 + n have been named.
 template <class F>
-inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n, F f) {
+[[gnu::always_inline]] inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0,
+                                            int64_t n, F f) {
   if (!a.block_table) return f(token_row(x, b, j0, hk), int64_t(0), n);
   const int32_t* page = a.block_table + b * a.table_stride + j0 / a.block_size;
   int64_t slot = j0 % a.block_size;
@@ -77,6 +78,7 @@ inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t
   }
 }
 
+// Rows of one key head of the cache at positions j0 .. j0 + n.
 inline void cache_rows(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n,
                        const char** rows) {
   each_run(a, x, b, hk, j0, n, [&](const char* row, int64_t j, int64_t count) {
@@ -273,10 +275,11 @@ void gather_scales(const DecodeArgs& a, const TokenRows& x, const DecodeTask& t,
   });
   for (int64_t j = n; j < padded; ++j) scales[j] = 0;
   if (!a.block_table) return;
-  each_run(a, x, t.b, t.hk, j0 + n, ahead - n, [&](const char* row, int64_t, int64_t count) {
-    const int64_t step = x.token < 64 ? 64 : x.token;
-    for (int64_t i = 0; i < count * x.token; i += step) fetch_to_l2(row + i);
-  });
+  each_run(a, x, t.b, t.hk, j0 + n, ahead - n,
+           [&](const char* row, int64_t, int64_t count) __attribute__((always_inline)) {
+             const int64_t step = x.token < 64 ? 64 : x.token;
+             for (int64_t i = 0; i < count * x.token; i += step) fetch_to_l2(row + i);
+           });
 }
 
 template <class P>
