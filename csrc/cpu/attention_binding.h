@@ -160,6 +160,7 @@ std::vector<int64_t> longest_first(const Sequences& sequences) {
 
 // The tasks of a sequence; of each key head the last part first, which a causal triangle makes the longest.
 void add_tasks(int64_t sequence, int64_t heads_kv, int64_t parts, AttentionTasks& tasks) {
+  if (tasks.empty()) tasks.reserve(size_t(heads_kv * parts));
   for (int64_t hk = 0; hk < heads_kv; ++hk)
     for (int64_t part = parts; part-- > 0;) tasks.push_back({sequence, hk, part});
 }
@@ -260,6 +261,11 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q_, const Tensor& k_, con
   Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
   run_attention_fwd(a, sequences, out, lse, parts);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_fwd_plain(const Tensor& q, const Tensor& k, const Tensor& v, int64_t right,
+                                               int64_t offset, double scale, int64_t parts) {
+  return attention_fwd(q, k, v, {}, {}, {}, {}, {}, {}, -1, right, offset, scale, 0, 0, parts);
 }
 
 // Sets the tasks per key head of the backward, which each hold a gradient of their own for q; these are added in order.
@@ -415,9 +421,22 @@ AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTenso
                            deterministic, parts);
 }
 
+std::tuple<Tensor, Tensor, Tensor> attention_bwd_plain(const OptionalTensor& dout, const OptionalTensor& dlse,
+                                                       const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       const Tensor& out, const Tensor& lse, int64_t right,
+                                                       int64_t offset, double scale, bool deterministic,
+                                                       int64_t parts) {
+  const auto [dq, dk, dv, dbias, dslopes, dsink] =
+      attention_bwd(dout, dlse, q, k, v, out, lse, {}, {}, {}, {}, {}, {}, -1, right, offset, scale, 0, 0, false, false,
+                    false, deterministic, parts);
+  return {dq, dk, dv};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lmkernels, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  m.impl("attention_fwd.plain", TORCH_BOX(&attention_fwd_plain));
+  m.impl("attention_bwd.plain", TORCH_BOX(&attention_bwd_plain));
 }

@@ -96,12 +96,15 @@ struct ShortBand {
   T lo[kShort + V::kLanes], hi[kShort + V::kLanes];
   int64_t every_begin = 0, every_end = INT64_MAX;  // what all of them see
 
-  ShortBand(const Row* rows, int64_t n) {
+  ShortBand(const Row* rows, int64_t n, int64_t keys) {
+    for (int64_t r = 0; r < n; ++r) {
+      every_begin = rows[r].lo > every_begin ? rows[r].lo : every_begin;
+      every_end = rows[r].hi < every_end ? rows[r].hi : every_end;
+    }
+    if (every_begin == 0 && every_end >= keys) return;  // nothing to hide
     for (int64_t r = 0; r < round_up(n, V::kLanes); ++r) {
       const Row& row = rows[r < n ? r : 0];
       lo[r] = T(row.lo), hi[r] = T(row.hi);
-      every_begin = row.lo > every_begin ? row.lo : every_begin;
-      every_end = row.hi < every_end ? row.hi : every_end;
     }
   }
   // s of the queries from r on and key j; -inf where they do not see it
@@ -128,7 +131,7 @@ void fwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
     n = of_head < end - first ? of_head : end - first;
     Row rows[kShort];
     rows_of(a, head, first, n, rows);
-    const ShortBand<T> band(rows, n);
+    const ShortBand<T> band(rows, n, head.keys);
     const ShortRows<const T> q = w.rows(a, a.q, query_row(a, a.q, head, rows[0]), n, a.head_dim, w.q);
     w.scores(k, head.keys, q, n, a.head_dim, w.q_columns, w.s);
     T m[kShort + V::kLanes], l[kShort + V::kLanes], inverse[kShort + V::kLanes];
@@ -185,7 +188,7 @@ void bwd_short(const AttentionArgs& a, const AttentionTask& task, const Attentio
   for (int64_t g = 0; g < head.group; ++g) {
     Row rows[kShort];
     rows_of(a, head, g * n, n, rows);
-    const ShortBand<T> band(rows, n);
+    const ShortBand<T> band(rows, n, head.keys);
     const ShortRows<const T> q = w.rows(a, a.q, query_row(a, a.q, head, rows[0]), n, a.head_dim, w.q);
     const ShortRows<const T> dout = w.rows(a, a.dout, query_row(a, a.dout, head, rows[0]), n, a.head_dim_v, w.dout);
     w.scores(k, head.keys, q, n, a.head_dim, w.q_columns, w.s);

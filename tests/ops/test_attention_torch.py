@@ -66,6 +66,21 @@ def test_the_backward_op_passes_opcheck(name, native):
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_ops_without_features_pass_opcheck_and_agree_with_those_with_all(causal, native):
+    q, k, v, dout = (torch.randn(2, s, 4, 16) for s in (5, 7, 7, 5))
+    plain = (0 if causal else -1, 2, 0.25)
+    absent, numbers = (None,) * 6, (-1, *plain, 0.0, 0.0)
+    ops = torch.ops.lmkernels
+    torch.library.opcheck(ops.attention_fwd.plain, (q, k, v, *plain))
+    out, lse = forward = ops.attention_fwd.plain(q, k, v, *plain)
+    torch.testing.assert_close(forward, ops.attention_fwd.default(q, k, v, *absent, *numbers), rtol=0, atol=0)
+    given = dout, None, q, k, v, out, lse
+    torch.library.opcheck(ops.attention_bwd.plain, (*given, *plain, True))
+    every = ops.attention_bwd.default(*given, *absent, *numbers, False, False, False, True)
+    torch.testing.assert_close(ops.attention_bwd.plain(*given, *plain, True), every[:3], rtol=0, atol=0)
+
+
 @pytest.fixture
 def fresh_compiler():
     torch.compiler.reset()

@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import _dispatch
 from .._checks import autocast, check_same_or_wider
 from ..relative_bias import RelativeBias
-from . import reference
+from . import native, reference
 from .autograd import BACKENDS, run
 from .checks import (
+    NO_OPTIONS,
     check_broadcast,
     check_dropout,
     check_features,
@@ -89,8 +90,10 @@ def attention(
     softcap = check_softcap(softcap)
     dropout_p = check_dropout(dropout_p, seed)
     module = _dispatch.choose("attention", BACKENDS, backend, q, k, v)
-    seed = seed_tensor(dropout_p, seed, q)
-    features = (*options, seed, left, right, s_k - s_q, scale, softcap, dropout_p)
+    if module is native and options is NO_OPTIONS and left == -1 and softcap == 0.0 and dropout_p == 0.0:
+        features = right, s_k - s_q, scale
+    else:
+        features = *options, seed_tensor(dropout_p, seed, q), left, right, s_k - s_q, scale, softcap, dropout_p
     out, lse = run(module, q, k, v, features, deterministic)
     return (out, lse) if return_lse else out
 
@@ -171,9 +174,11 @@ def scaled_dot_product_attention(
             bias = check_same_or_wider("attn_mask", check_broadcast("attn_mask", scores, b, h, s_q, s_k), q)
     dropout_p = check_dropout(dropout_p, None)
     module = _dispatch.choose("scaled_dot_product_attention", BACKENDS, None, q, k, v)
-    seed = seed_tensor(dropout_p, None, q)
-    band = (-1, 0 if is_causal else -1, 0)  # left, right, offset
-    features = (mask, bias, None, None, None, seed, *band, check_scale(scale, d), 0.0, dropout_p)
+    scale, right = check_scale(scale, d), 0 if is_causal else -1
+    if module is native and attn_mask is None and dropout_p == 0.0:
+        features = right, 0, scale
+    else:
+        features = mask, bias, None, None, None, seed_tensor(dropout_p, None, q), -1, right, 0, scale, 0.0, dropout_p
     out, _ = run(module, q, k, v, features, deterministic=False)
     out = out.transpose(1, 2)  # (b, h, s_q, d_v)
     if query.dim() == 4:

@@ -13,23 +13,33 @@ from . import capture, native, reference, triton
 BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 # What follows q, k and v, in the order of the op's schema (see native.py): tensors or None, the first of them mask,
-# bias, alibi_slopes and sink; then numbers.
+# bias, alibi_slopes and sink; then numbers. For native (right, offset, scale) will do where nothing else is asked for:
+# torch takes a tenth of a microsecond and more for each argument.
 Features = tuple
+
+
+def full(features: Features) -> Features:
+    """All that the other backends want."""
+    if len(features) > 3:
+        return features
+    right, offset, scale = features
+    return *(None,) * 6, -1, right, offset, scale, 0.0, 0.0
 
 
 def run(module, q: Tensor, k: Tensor, v: Tensor, features: Features, deterministic: bool) -> tuple[Tensor, Tensor]:
     """out and lse from a backend; autograd is entered only where a gradient is wanted."""
     if capture.listening:
-        capture.record(reference.weights, q, k, *features)
-    if module is reference or not needs_gradient(q, k, v, *features[1:4]):
+        capture.record(reference.weights, q, k, *full(features))
+    tensors, numbers = ((), features) if len(features) == 3 else (features[:6], features[6:])
+    if module is reference or not needs_gradient(q, k, v, *tensors[1:4]):
         return module.forward(q, k, v, *features)
-    return _Attention.apply((module.__name__.rpartition(".")[2], deterministic, features[6:]), q, k, v, *features[:6])
+    return _Attention.apply((module.__name__.rpartition(".")[2], deterministic, numbers), q, k, v, *tensors)
 
 
-def gradient_of(backends: dict[str, ModuleType], n_tensors: int) -> type[torch.autograd.Function]:
+def gradient_of(backends: dict[str, ModuleType]) -> type[torch.autograd.Function]:
     """The function of ((backend's name, deterministic, numbers), q, k, v, *tensors).
 
-    The tensors, n_tensors of them, and the numbers are a backend's features. Autograd takes time for each argument.
+    The tensors and the numbers are a backend's features.
     """
 
     class Attention(torch.autograd.Function):
@@ -48,20 +58,21 @@ def gradient_of(backends: dict[str, ModuleType], n_tensors: int) -> type[torch.a
             q, k, v, out, lse, *tensors = ctx.saved_tensors
             if torch.is_grad_enabled():
                 gradients = reference_gradients(
-                    lambda *inputs: backends["reference"].forward(*inputs, *numbers),
+                    lambda q, k, v, *tensors: backends["reference"].forward(q, k, v, *full((*tensors, *numbers))),
                     (q, k, v, *tensors),
                     ctx.needs_input_grad[1:],
                     (dout, dlse),
                 )
-            else:
-                dq, dk, dv, *optional = backends[name].backward(
-                    dout, dlse, q, k, v, out, lse, *tensors, *numbers, *needs, deterministic
-                )
-                dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
-                gradients = dq, dk, dv, None, dbias, dslopes, dsink, *(None,) * (n_tensors - 4)
-            return None, *gradients
+                return None, *gradients
+            dq, dk, dv, *optional = backends[name].backward(
+                dout, dlse, q, k, v, out, lse, *tensors, *numbers, *needs, deterministic
+            )
+            if not tensors:
+                return None, dq, dk, dv
+            dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
+            return None, dq, dk, dv, None, dbias, dslopes, dsink, *(None,) * (len(tensors) - 4)
 
     return Attention
 
 
-_Attention = gradient_of(BACKENDS, n_tensors=6)
+_Attention = gradient_of(BACKENDS)

@@ -8,6 +8,8 @@ from torch import Tensor
 from .._checks import FLOATS, check_finite, check_number, check_same_or_wider
 from ..relative_bias import RelativeBias
 
+NO_OPTIONS = (None,) * 5  # mask, bias, alibi_slopes, sink, kv_lengths
+
 
 def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
     """b, s_q, h, d, s_k, or an error that names the argument."""
@@ -182,7 +184,7 @@ def check_features(
     lengths: what the public function calls s_q and s_k.
     """
     if mask is None and bias is None and alibi_slopes is None and sink is None and kv_lengths is None:
-        return None, None, None, None, None
+        return NO_OPTIONS
     relative = bias if isinstance(bias, RelativeBias) else None
     if relative is not None:
         bias = relative.table

@@ -20,11 +20,21 @@ _library.LIBRARY.define(
     f"{_FEATURES}, bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic, "
     "int parts=3) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+# nothing but what "causal" needs
+_PLAIN = "SymInt right, SymInt offset, float scale"
+_library.LIBRARY.define(f"attention_fwd.plain(Tensor q, Tensor k, Tensor v, {_PLAIN}, int parts=3) -> (Tensor, Tensor)")
+_library.LIBRARY.define(
+    "attention_bwd.plain(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_PLAIN}, bool deterministic, int parts=3) -> (Tensor, Tensor, Tensor)"
+)
 _fwd = torch.ops.lmkernels.attention_fwd.default
 _bwd = torch.ops.lmkernels.attention_bwd.default
+_fwd_plain = torch.ops.lmkernels.attention_fwd.plain
+_bwd_plain = torch.ops.lmkernels.attention_bwd.plain
 
 
 @torch.library.register_fake("lmkernels::attention_fwd", lib=_library.LIBRARY)
+@torch.library.register_fake("lmkernels::attention_fwd.plain", lib=_library.LIBRARY)
 def _(q, k, v, *features):
     b, s_q, h, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -64,6 +74,11 @@ def _(
     return (like(q), like(k), like(v), like(bias, need_dbias), like(alibi_slopes, need_dslopes), like(sink, need_dsink))
 
 
+@torch.library.register_fake("lmkernels::attention_bwd.plain", lib=_library.LIBRARY)
+def _(dout, dlse, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Every dtype that attention takes is supported."""
     if _library.native_error is not None:
@@ -76,8 +91,9 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *features) -> tuple[Tensor, Tensor]:
-    """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of the schema."""
-    return _fwd(q, k, v, *features, float32_parts())
+    """out (b, s_q, h, d_v) and lse (b, h, s_q); `features` in the order of either schema."""
+    op = _fwd_plain if len(features) == 3 else _fwd
+    return op(q, k, v, *features, float32_parts())
 
 
 def backward(
@@ -90,5 +106,6 @@ def backward(
     lse: Tensor,
     *features_and_needs,
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dbias, dslopes, dsink; the last three are empty where not needed."""
-    return _bwd(dout, dlse, q, k, v, out, lse, *features_and_needs, float32_parts())
+    """dq, dk, dv and, with all features, dbias, dslopes and dsink, which are empty where not needed."""
+    op = _bwd_plain if len(features_and_needs) == 4 else _bwd
+    return op(dout, dlse, q, k, v, out, lse, *features_and_needs, float32_parts())

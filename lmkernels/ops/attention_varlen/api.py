@@ -26,7 +26,7 @@ from . import native, reference, triton
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
-_Attention = gradient_of(BACKENDS, n_tensors=8)
+_Attention = gradient_of(BACKENDS)
 
 
 def attention_varlen(
