@@ -25,6 +25,7 @@ import lmkernels as lmk
 from lmkernels import _library
 from lmkernels.ops import _skinny  # noqa: F401
 from lmkernels.ops import decode_step as step
+from lmkernels.ops import encoder_layers as layers
 from lmkernels.ops.dropout import drop
 from lmkernels.testing import cases
 from lmkernels.testing.numerics import attention_results, results
@@ -89,6 +90,22 @@ def decode_step(dtype: torch.dtype) -> Iterator[str]:
             yield f"{case.name}, {threads} threads"
             torch.set_num_threads(threads)
             step.decode_step(**case.make(dtype), backend="native")
+
+
+def encoder_layers(dtype: torch.dtype) -> Iterator[str]:
+    def parameters(quantized: str | None) -> Iterator[torch.Tensor]:
+        for d_out, d_in in [(36, 36)] * 4 + [(36, 0), (50, 36), (36, 50), (36, 0)]:
+            weight = torch.randn(d_out, d_in) if d_in else torch.randn(d_out)
+            yield lmk.quantize_weight(weight, quantized) if d_in and quantized else weight.to(dtype)
+            yield torch.randn(d_out).to(dtype)
+
+    for quantized in (None, "int8", "int4") if dtype != torch.float64 else (None,):
+        for rows in (3, 41):
+            yield f"{rows} rows, {quantized}"
+            given = list(parameters(quantized))
+            layers.encoder_layers(torch.randn(2, rows, 36).to(dtype), given, 3, backend="native")
+            bounds = {"cu_seqlens": torch.tensor([0, 2, 2, rows]), "max_seqlen": rows}
+            layers.encoder_layers(torch.randn(rows, 36).to(dtype), given, 3, **bounds, backend="native")
 
 
 def embed(dtype: torch.dtype) -> Iterator[str]:
@@ -216,6 +233,7 @@ OPS = {
         attention_decode,
         attention_varlen,
         decode_step,
+        encoder_layers,
         embed,
         linear,
         linear_cross_entropy,

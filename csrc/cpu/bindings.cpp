@@ -14,11 +14,13 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -153,3 +155,5 @@ STABLE_TORCH_LIBRARY_IMPL(lmkernels, CompositeExplicitAutograd, m) { m.impl("cpu
 #include "quantize_weight_binding.h"
 #include "rotary_binding.h"
 #include "softmax_binding.h"
+
+#include "encoder_layers_binding.h"

@@ -9,13 +9,13 @@ lmk::Matrix lines_of(const Tensor& x, int64_t line_axis) {
   return {x.const_data_ptr(), x.stride(line_axis), x.stride(1 - line_axis), dtype_of(x)};
 }
 
-// x itself where an axis has stride 1 and no rows overlap, else a copy.
-Tensor dense_matrix(const Tensor& x) {
+// Whether an axis has stride 1 and no rows overlap.
+bool is_dense_matrix(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "expected a CPU tensor of 2 axes");
-  const bool rows = x.stride(1) == 1 && x.stride(0) >= x.size(1),
-             columns = x.stride(0) == 1 && x.stride(1) >= x.size(0);
-  return rows || columns ? x : torch::stable::contiguous(x);
+  return (x.stride(1) == 1 && x.stride(0) >= x.size(1)) || (x.stride(0) == 1 && x.stride(1) >= x.size(0));
 }
+
+Tensor dense_matrix(const Tensor& x) { return is_dense_matrix(x) ? x : torch::stable::contiguous(x); }
 
 Tensor dense_rows(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "expected a CPU tensor of 2 axes");
@@ -45,16 +45,31 @@ void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_
   a.cols_per_task = count(count(a.cols, col_blocks), col_unit) * col_unit;
 }
 
-void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) {
-  if (a.rows == 0 || a.cols == 0) return;
-  const lmk::LinearKernels& kernels = lmk::linear_kernels(a.compute, a.parts);
-  choose_blocks(a, kernels, col_unit);
-  const int64_t row_blocks = (a.rows + a.rows_per_task - 1) / a.rows_per_task;
-  const int64_t col_blocks = (a.cols + a.cols_per_task - 1) / a.cols_per_task;
-  a.tasks_apart = torch::stable::get_num_threads();
-  run_tasks(row_blocks * col_blocks, kernels.scratch(a), 2.0 * a.rows * a.cols * a.depth,
-            [&](int64_t task, void* scratch) { kernels.matmul(a, task, scratch); });
+// Products that do not wait for each other, in one parallel region; all of one dtype.
+void run_matmuls(std::span<lmk::LinearArgs> products, int64_t col_unit = 64) {
+  if (products.empty()) return;
+  const lmk::LinearKernels& kernels = lmk::linear_kernels(products[0].compute, products[0].parts);
+  std::vector<int64_t> ends;  // of the tasks of each
+  int64_t tasks = 0, scratch_bytes = 0;
+  double flops = 0;
+  for (lmk::LinearArgs& a : products) {
+    if (a.rows > 0 && a.cols > 0) {
+      choose_blocks(a, kernels, col_unit);
+      const auto blocks = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
+      tasks += blocks(a.rows, a.rows_per_task) * blocks(a.cols, a.cols_per_task);
+      a.tasks_apart = torch::stable::get_num_threads();
+      scratch_bytes = std::max(scratch_bytes, kernels.scratch(a));
+      flops += 2.0 * double(a.rows) * double(a.cols) * double(a.depth);
+    }
+    ends.push_back(tasks);
+  }
+  run_tasks(tasks, scratch_bytes, flops, [&](int64_t task, void* scratch) {
+    const size_t i = size_t(std::upper_bound(ends.begin(), ends.end(), task) - ends.begin());
+    kernels.matmul(products[i], i > 0 ? task - ends[i - 1] : task, scratch);
+  });
 }
+
+void run_matmul(lmk::LinearArgs& a, int64_t col_unit = 64) { run_matmuls({&a, 1}, col_unit); }
 
 // x has the dtype of other, or float32 where that has 16 bits.
 void check_wide(const Tensor& x, const Tensor& other) {
@@ -147,25 +162,25 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x
   const int64_t rows = x.size(0), depth = x.size(1), cols = weight.size(0);
   Tensor dx = new_tensor(x, {need_dx ? rows : 0, need_dx ? depth : 0});
   Tensor dweight = new_tensor(weight, {0, 0});
-  lmk::LinearArgs a{};
-  a.compute = dtype_of(x), a.parts = parts;
-  if (need_dx) {
-    a.rows = rows, a.cols = depth, a.depth = cols;
-    a.a = lines_of(dout, 0), a.b = lines_of(weight, 1);
-    a.end.dtype = a.compute, a.end.out = dx.mutable_data_ptr(), a.end.out_row = depth;
-    run_matmul(a);
-  }
+  std::vector<lmk::LinearArgs> products;
+  const auto product = [&](const Tensor& c, const lmk::Matrix& a, const lmk::Matrix& b, int64_t common) {
+    lmk::LinearArgs p{};
+    p.compute = dtype_of(x), p.parts = parts;
+    p.rows = c.size(0), p.cols = c.size(1), p.depth = common;
+    p.a = a, p.b = b;
+    p.end.dtype = dtype_of(c), p.end.out = c.mutable_data_ptr(), p.end.out_row = p.cols;
+    products.push_back(p);
+  };
+  if (need_dx) product(dx, lines_of(dout, 0), lines_of(weight, 1), cols);
+  // in the layout of the weight
+  const bool turned = weight.stride(0) == 1 && weight.stride(1) != 1;
   if (need_dweight) {
-    // in the layout of the weight
-    const bool turned = weight.stride(0) == 1 && weight.stride(1) != 1;
     const Tensor &first = turned ? x : dout, &second = turned ? dout : x;
-    a.rows = first.size(1), a.cols = second.size(1), a.depth = rows;
-    a.a = lines_of(first, 1), a.b = lines_of(second, 1);
-    dweight = new_tensor(weight, {a.rows, a.cols});
-    a.end.dtype = dtype_of(weight), a.end.out = dweight.mutable_data_ptr(), a.end.out_row = a.cols;
-    run_matmul(a);
-    if (turned) dweight = torch::stable::transpose(dweight, 0, 1);
+    dweight = new_tensor(weight, {first.size(1), second.size(1)});
+    product(dweight, lines_of(first, 1), lines_of(second, 1), rows);
   }
+  run_matmuls(products);
+  if (need_dweight && turned) dweight = torch::stable::transpose(dweight, 0, 1);
   return {dx, dweight};
 }
 

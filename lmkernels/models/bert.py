@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ..nn import LayerNorm, Linear
+from ..nn._scope import is_for_torch
 from ..nn.encoder import is_watched
 from ..ops._checks import autocast
 from ..ops.attention.capture import listening
 from ..ops.embed import embed
+from ..ops.encoder_layers import native
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.norms import layer_norm
 from ..ops.positions import add_positions
+from ..ops.quantize_weight import QuantizedWeight
 from .bert_padding import AllTokens, RealTokens, real_tokens
 from .dropout import Dropout
 from .gpt2 import ACTIVATIONS, check_range
@@ -33,7 +37,7 @@ from .outputs import (
     TokenClassifierOutput,
 )
 from .pretrained import PretrainedConfig, PretrainedModel
-from .project import project
+from .project import project, weights_of
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
@@ -275,6 +279,34 @@ class BertLayer(nn.Module):
         )
         return mine and not listening and not any(map(is_watched, self.modules()))
 
+    def for_kernel(self) -> tuple[list, tuple] | None:
+        """What `encoder_layers` takes of it: its 16 parameters, and (heads, activation, eps). None where it drops, or
+        where somebody would see that its modules are not called."""
+        attention, up, down = self.attention, self.intermediate, self.output
+        heads, output = attention.self, attention.output
+        for module, kind in zip((self, attention, heads, output, up, down), _LAYER):
+            if type(module) is not kind or is_watched(module):
+                return None
+        chances = (output.dropout, output.dropout.p), (down.dropout, down.dropout.p), (heads, heads.dropout_p)
+        if any(module.training and p > 0 for module, p in chances):
+            return None
+        norm1, norm2 = output.LayerNorm, down.LayerNorm
+        parameters = []
+        for module in (heads.query, heads.key, heads.value, output.dense, norm1, up.dense, down.dense, norm2):
+            if type(module) is LayerNorm:
+                found = None if is_watched(module) else (module.weight, module.bias)
+            else:
+                found = weights_of(module)
+            if found is None or None in map(type, found):
+                return None
+            parameters += found
+        if norm1.eps != norm2.eps:
+            return None
+        return parameters, (heads.num_heads, up.activation, norm2.eps)
+
+
+_LAYER = (BertLayer, BertAttention, BertSelfAttention, AddAndNorm, BertIntermediate, AddAndNorm)
+
 
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig):
@@ -284,13 +316,35 @@ class BertEncoder(nn.Module):
     def forward(self, x: Tensor, tokens: AllTokens | RealTokens, firsts: bool = False) -> Tensor:
         """firsts: only the first tokens are wanted, (n, d_model), and all that the last layer does for the others is
         their keys and values."""
-        *layers, last = self.layer
-        for layer in layers:
-            x = layer(x, tokens)
-        if firsts and last.computes_firsts():
+        layers = list(self.layer)
+        last = layers.pop() if firsts and layers[-1].computes_firsts() else None
+        if (call := self._one_call(layers, x)) is not None:
+            x = tokens.encode(x, *call)
+        else:
+            for layer in layers:
+                x = layer(x, tokens)
+        if last is not None:
             return last(x, tokens, firsts)
-        x = last(x, tokens)
         return tokens.firsts(x) if firsts else x
+
+    @staticmethod
+    def _one_call(layers: list[BertLayer], x: Tensor) -> tuple[list, int, str, float] | None:
+        """What `encoder_layers` takes after x, where it may compute these layers in inference; or None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return None
+        if listening or torch_module._has_any_global_hook() or is_for_torch(x):
+            return None
+        parameters, shapes = [], set()
+        for layer in layers:
+            found = layer.for_kernel() if type(layer) is BertLayer else None
+            if found is None:
+                return None
+            parameters += found[0]
+            shapes.add(found[1])
+        if len(shapes) != 1 or any(type(p) not in (nn.Parameter, QuantizedWeight) for p in parameters):
+            return None
+        (shape,) = shapes
+        return (parameters, *shape) if native.unsupported(x, parameters, shape[0]) is None else None
 
 
 class BertPooler(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..ops.attention import attention
 from ..ops.attention_varlen import attention_varlen
+from ..ops.encoder_layers import encoder_layers
 
 
 def real_tokens(b: int, s: int, attention_mask: Tensor | None, device: torch.device) -> AllTokens | RealTokens:
@@ -58,6 +59,11 @@ class AllTokens:
         k, v = (x.view(self.b, self.s, *x.shape[1:]) for x in (k, v))
         return attention(q.unsqueeze(1), k, v, dropout_p=dropout_p).squeeze(1)
 
+    def encode(self, x: Tensor, parameters: list, heads: int, activation: str, eps: float) -> Tensor:
+        """(t, d_model) after layers, by `encoder_layers`."""
+        x = x.view(self.b, self.s, -1)
+        return encoder_layers(x, parameters, heads, activation=activation, eps=eps).flatten(0, 1)
+
 
 class RealTokens:
     """The t real tokens of a padded batch (b, s), wherever in their rows they are; as AllTokens."""
@@ -96,3 +102,7 @@ class RealTokens:
     def attend_from_firsts(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
         cu_firsts = F.pad(self.cu_seqlens.diff().clamp(max=1).cumsum(0), (1, 0)).int()
         return attention_varlen(q, k, v, cu_firsts, self.cu_seqlens, 1, self.longest, dropout_p=dropout_p)
+
+    def encode(self, x: Tensor, parameters: list, heads: int, activation: str, eps: float) -> Tensor:
+        bounds = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.longest}
+        return encoder_layers(x, parameters, heads, activation=activation, eps=eps, **bounds)

@@ -1,5 +1,6 @@
 """BERT computes what BERT computes, with padding and without, and its checkpoints are Hugging Face's."""
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -17,9 +18,12 @@ from lmkernels.models import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    bert_padding,
 )
 from lmkernels.models.dropout import Dropout
 from lmkernels.models.outputs import SequenceClassifierOutput
+from lmkernels.models.quantized import quantize
+from lmkernels.ops.encoder_layers import encoder_layers
 
 SHAPE = {
     "vocab_size": 61,
@@ -628,6 +632,70 @@ def test_exchanged_and_watched_layers_are_called():
     model(**inputs)
     model.train()(**inputs)
     assert seen == 4 * [(int(inputs["attention_mask"].sum()), SHAPE["hidden_size"])]
+
+
+@pytest.fixture
+def one_call(monkeypatch) -> list[int]:
+    """The numbers of parameters of every call of `encoder_layers`."""
+    calls = []
+
+    def record(x, parameters, *arguments, **options):
+        calls.append(len(parameters))
+        return encoder_layers(x, parameters, *arguments, **options)
+
+    monkeypatch.setattr(bert_padding, "encoder_layers", record)
+    return calls
+
+
+@pytest.mark.parametrize("quantized", [None, "int8"])
+@pytest.mark.parametrize("mask", [False, True], ids=["dense", "padded"])
+@pytest.mark.parametrize("model_class", [BertModel, BertForSequenceClassification])
+def test_inference_is_one_call_with_the_bits_of_layer_by_layer(model_class, mask, quantized, one_call, native):
+    model, inputs = small(model_class), batch()
+    if quantized:
+        quantize(model, quantized)
+    if not mask:
+        del inputs["attention_mask"]
+    with torch.no_grad():
+        out = model(**inputs)[0]
+        n_layers = len(model.base_model.encoder.layer)
+        # the last layer of a classifier computes the first tokens alone
+        assert one_call == [16 * (n_layers - (model_class is BertForSequenceClassification))]
+        model.base_model.encoder.layer[0].register_forward_hook(lambda module, args, out: None)
+        torch.testing.assert_close(model(**inputs)[0], out, rtol=0, atol=0)
+    assert len(one_call) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["gradients", "autocast", "dropout", "listener", "hook", "global hook", "LoRA", "another eps", "own layer"]
+)
+@torch.no_grad()
+def test_inference_goes_layer_by_layer_where_somebody_would_notice(name, one_call, native):
+    model, inputs = small(), batch()
+    layer, seen = model.encoder.layer[1], []
+    with contextlib.ExitStack() as stack:
+        if name == "gradients":
+            stack.enter_context(torch.enable_grad())
+        elif name == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        elif name == "dropout":
+            layer.attention.output.dropout.train().p = 0.5
+        elif name == "listener":
+            seen = stack.enter_context(capture_attention())
+        elif name == "hook":
+            layer.attention.self.query.register_forward_pre_hook(lambda module, args: seen.append(module))
+        elif name == "global hook":
+            handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.append(module))
+            stack.callback(handle.remove)
+        elif name == "LoRA":
+            layer.output.dense = torch.nn.Sequential(layer.output.dense)
+        elif name == "another eps":
+            layer.output.LayerNorm.eps = 1e-3
+        else:
+            layer.__class__ = type("OwnLayer", (type(layer),), {})
+        model(**inputs)
+        assert not one_call
+        assert seen or name not in ("listener", "hook", "global hook")
 
 
 @pytest.mark.parametrize("model_class", CLASSES)

@@ -1,0 +1,3 @@
+from .api import encoder_layers
+
+__all__ = ["encoder_layers"]
