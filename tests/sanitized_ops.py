@@ -27,6 +27,7 @@ from lmkernels.ops import _skinny  # noqa: F401
 from lmkernels.ops import decode_step as step
 from lmkernels.ops import encoder_layers as layers
 from lmkernels.ops.dropout import drop
+from lmkernels.ops.encoder_layers.autograd import Layer
 from lmkernels.testing import cases
 from lmkernels.testing.numerics import attention_results, results
 
@@ -106,6 +107,13 @@ def encoder_layers(dtype: torch.dtype) -> Iterator[str]:
             layers.encoder_layers(torch.randn(2, rows, 36).to(dtype), given, 3, backend="native")
             bounds = {"cu_seqlens": torch.tensor([0, 2, 2, rows]), "max_seqlen": rows}
             layers.encoder_layers(torch.randn(rows, 36).to(dtype), given, 3, **bounds, backend="native")
+    given = [p.requires_grad_() for p in parameters(None)]
+    for narrow in (False, True):
+        yield f"training, narrow={narrow}"
+        for options in ({"batch": 2}, {"cu_seqlens": torch.tensor([0, 2, 2, 42]).int(), "max_seqlen": 40}):
+            x = torch.randn(42, 36).to(dtype).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                Layer(3, "gelu", 1e-5, 0.1, 0.1, **options)(x, given).sum().backward()
 
 
 def embed(dtype: torch.dtype) -> Iterator[str]:

@@ -4,9 +4,11 @@
 
 namespace {
 
+// In the order of lmk::DType.
+constexpr ScalarType kScalarTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+
 // The dtype of the result has a place in lmk::DType's order.
 Tensor dropout(const Tensor& x_, const OptionalTensor& residual_, int64_t dropped, int64_t seed, int64_t dtype) {
-  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
   STD_TORCH_CHECK(dtype >= 0 && dtype < 4 && dropped >= 0 && dropped < lmk::kDropoutSteps && x_.is_cpu(),
                   "x must be on the CPU, dropped in [0, 2^16) and dtype that of a floating tensor");
   const Tensor x = x_.is_contiguous() ? x_ : torch::stable::contiguous(x_);
@@ -21,7 +23,7 @@ Tensor dropout(const Tensor& x_, const OptionalTensor& residual_, int64_t droppe
     if (!residual->is_contiguous()) residual = torch::stable::contiguous(*residual);
     a.residual = residual->const_data_ptr();
   }
-  Tensor out = new_tensor(x, x.sizes(), kTypes[dtype]);
+  Tensor out = new_tensor(x, x.sizes(), kScalarTypes[dtype]);
   a.x = x.const_data_ptr(), a.out = out.mutable_data_ptr();
   a.seed = uint64_t(seed), a.dropped = int32_t(dropped);
   constexpr int64_t kPart = 64 * lmk::kDropoutUnit;

@@ -97,6 +97,158 @@ Tensor encoder_layers(const Tensor& x_, std::vector<Tensor> parameters, const Op
   return torch::stable::view(x, x_.sizes());
 }
 
+// How one layer is trained.
+struct LayerOptions {
+  const OptionalTensor& cu_seqlens;
+  int64_t batch, max_seqlen, heads;
+  double scale;
+  int64_t activation;
+  const OptionalTensor& attention_seed;  // of its dropout, with attention_p
+  double attention_p;
+  int64_t dropped;  // of the hidden states, as in dropout, with seeds
+  int64_t seed1, seed2;
+};
+
+// (t, d_model) as attention takes it.
+Tensor split_heads(const Tensor& x, const LayerOptions& o) {
+  const int64_t tokens = x.size(0), d = x.size(1) / o.heads;
+  const std::array<int64_t, 3> packed{tokens, o.heads, d};
+  const std::array<int64_t, 4> padded{o.batch, tokens / std::max<int64_t>(1, o.batch), o.heads, d};
+  return o.cu_seqlens ? torch::stable::view(x, {packed.data(), packed.size()})
+                      : torch::stable::view(x, {padded.data(), padded.size()});
+}
+
+Tensor join_heads(const Tensor& x, int64_t tokens) {
+  const std::array<int64_t, 2> sizes{tokens,
+                                     tokens == 0 ? x.size(x.dim() - 1) * x.size(x.dim() - 2) : x.numel() / tokens};
+  return torch::stable::view(x, {sizes.data(), sizes.size()});
+}
+
+int64_t code_of(const Tensor& x) { return int64_t(dtype_of(x)); }
+
+// norm(residual + dropout(x weight^T + bias)): what encoder_layer_bwd wants of it, the result first.
+struct AddedAndNormed {
+  Tensor y, s, rstd, mean;
+};
+AddedAndNormed add_and_norm(const Tensor& x, const Dense& dense, const Tensor& residual, const Tensor& weight,
+                            const Tensor& bias, double eps, int64_t dropped, int64_t seed, int64_t parts) {
+  constexpr int64_t kNone = int64_t(lmk::Activation::none);
+  if (dropped == 0) {
+    const Tensor s = dense(x, residual, kNone, parts);
+    const std::vector<Tensor> normed = norm_fwd(s, {}, weight, bias, eps, true, true);
+    return {normed[0], s, normed[1], normed[2]};
+  }
+  const Tensor product = dense(x, {}, kNone, parts);
+  const std::vector<Tensor> normed =
+      norm_fwd(dropout(product, {}, dropped, seed, code_of(product)), residual, weight, bias, eps, true, true);
+  return {normed[0], normed[1], normed[2], normed[3]};
+}
+
+// One layer of encoder_layers on x (t, d_model), with dropout, and what its backward wants besides x and parameters: y,
+// q, k, v, heads, lse, s1, rstd1, mean1, y1, pre, hidden, s2, rstd2, mean2; where `dtype`, in which it multiplies, is
+// not x's, x and y1 in it.
+std::vector<Tensor> encoder_layer_fwd(const Tensor& x, std::vector<Tensor> parameters, const OptionalTensor& cu_seqlens,
+                                      int64_t batch, int64_t max_seqlen, int64_t heads, double scale,
+                                      int64_t activation, double eps, const OptionalTensor& attention_seed,
+                                      double attention_p, int64_t dropped, int64_t seed1, int64_t seed2, int64_t dtype,
+                                      int64_t parts) {
+  const LayerOptions o{cu_seqlens,     batch,       max_seqlen, heads, scale, activation,
+                       attention_seed, attention_p, dropped,    seed1, seed2};
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.is_contiguous(), "x must be (t, d), contiguous");
+  LayerReader reader{parameters};
+  const std::array<Dense, 3> in{Dense::read(reader), Dense::read(reader), Dense::read(reader)};
+  const Dense output = Dense::read(reader);
+  const Tensor &norm1 = reader.next(), &norm1_bias = reader.next();
+  const Dense up = Dense::read(reader), down = Dense::read(reader);
+  const Tensor &norm2 = reader.next(), &norm2_bias = reader.next();
+
+  const bool narrows = dtype != code_of(x);
+  const ScalarType narrow = kScalarTypes[dtype];
+  const Tensor source = narrows ? torch::stable::to(x, narrow) : x;
+  const std::array<Tensor, 3> qkv = project_thrice(source, in, parts);
+  const Tensor q = split_heads(qkv[0], o), k = split_heads(qkv[1], o), v = split_heads(qkv[2], o);
+  const auto [attended, lse] =
+      cu_seqlens ? attention_varlen_fwd(q, k, v, {}, {}, {}, {}, {}, attention_seed, *cu_seqlens, *cu_seqlens,
+                                        max_seqlen, max_seqlen, -1, -1, scale, 0, attention_p, parts)
+                 : attention_fwd(q, k, v, {}, {}, {}, {}, {}, attention_seed, -1, -1, 0, scale, 0, attention_p, parts);
+  const AddedAndNormed first =
+      add_and_norm(join_heads(attended, x.size(0)), output, x, norm1, norm1_bias, eps, dropped, seed1, parts);
+  const Tensor middle = narrows ? torch::stable::to(first.y, narrow) : first.y;
+  const auto [hidden, pre] = linear_fwd(middle, up.weight, up.bias, {}, {}, activation, true, parts);
+  const AddedAndNormed second = add_and_norm(hidden, down, first.y, norm2, norm2_bias, eps, dropped, seed2, parts);
+  std::vector<Tensor> results{second.y,   q,       k,   v,      attended, lse,         first.s,    first.rstd,
+                              first.mean, first.y, pre, hidden, second.s, second.rstd, second.mean};
+  if (narrows) results.insert(results.end(), {source, middle});
+  return results;
+}
+
+// The gradients of x and of the parameters, from that of y. saved: what encoder_layer_fwd has returned after y, x and
+// y1 in `dtype` last, with or without narrowing.
+std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> saved, std::vector<Tensor> parameters,
+                                      const OptionalTensor& cu_seqlens, int64_t batch, int64_t max_seqlen,
+                                      int64_t heads, double scale, int64_t activation,
+                                      const OptionalTensor& attention_seed, double attention_p, int64_t dropped,
+                                      int64_t seed1, int64_t seed2, int64_t parts) {
+  constexpr int64_t kNone = int64_t(lmk::Activation::none);
+  const LayerOptions o{cu_seqlens,     batch,       max_seqlen, heads, scale, activation,
+                       attention_seed, attention_p, dropped,    seed1, seed2};
+  STD_TORCH_CHECK(saved.size() == 15 && parameters.size() == 16, "saved and parameters must be those of a layer");
+  const auto [q, k, v, attended, lse, s1, rstd1, mean1, pre, hidden, s2, rstd2, mean2, source, middle] =
+      std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9],
+               saved[10], saved[11], saved[12], saved[13], saved[14]);
+  const auto weight = [&](int64_t i) -> const Tensor& { return parameters[size_t(2 * i)]; };
+  const auto bias = [&](int64_t i) -> const Tensor& { return parameters[size_t(2 * i + 1)]; };
+  std::vector<Tensor> gradients(17, dy);  // of x, and where the parameters are
+  const auto keep = [&](int64_t i, const Tensor& dweight, const Tensor& dbias) {
+    gradients[size_t(2 * i + 1)] = dweight, gradients[size_t(2 * i + 2)] = dbias;
+  };
+  // of what dropout was given, in the dtype that products have here
+  const auto dropped_of = [&](const Tensor& dsum, int64_t seed) {
+    if (dropped > 0) return dropout(dsum, {}, dropped, seed, code_of(source));
+    return code_of(dsum) == code_of(source) ? dsum : torch::stable::to(dsum, source.scalar_type());
+  };
+  enum { kQuery, kKey, kValue, kOutput, kNorm1, kUp, kDown, kNorm2 };
+
+  const std::vector<Tensor> normed2 = norm_bwd(dy, {}, s2, rstd2, mean2, weight(kNorm2), bias(kNorm2), true, true);
+  keep(kNorm2, normed2[1], normed2[2]);
+  const auto [dhidden, ddown, ddown_bias] =
+      linear_gradients(dropped_of(normed2[0], seed2), hidden, weight(kDown), {}, kNone, true, true, true, parts);
+  keep(kDown, ddown, ddown_bias);
+  const auto [dmiddle, dup, dup_bias] =
+      linear_gradients(dhidden, middle, weight(kUp), pre, activation, true, true, true, parts, normed2[0]);
+  keep(kUp, dup, dup_bias);
+  const std::vector<Tensor> normed1 = norm_bwd(dmiddle, {}, s1, rstd1, mean1, weight(kNorm1), bias(kNorm1), true, true);
+  keep(kNorm1, normed1[1], normed1[2]);
+  const int64_t tokens = source.size(0);
+  const auto [dattended, doutput, doutput_bias] = linear_gradients(
+      dropped_of(normed1[0], seed1), join_heads(attended, tokens), weight(kOutput), {}, kNone, true, true, true, parts);
+  keep(kOutput, doutput, doutput_bias);
+  const Tensor dheads = split_heads(dattended, o);
+  const AttentionGradients inner =
+      cu_seqlens ? attention_varlen_bwd(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed,
+                                        *cu_seqlens, *cu_seqlens, max_seqlen, max_seqlen, -1, -1, scale, 0, attention_p,
+                                        false, false, false, false, parts)
+                 : attention_bwd(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed, -1, -1, 0,
+                                 scale, 0, attention_p, false, false, false, false, parts);
+  Tensor dx = normed1[0];
+  const std::array<Tensor, 3> dqkv{std::get<0>(inner), std::get<1>(inner), std::get<2>(inner)};
+  for (int64_t i = kQuery; i <= kValue; ++i) {
+    const auto [sum, dweight, dbias] = linear_gradients(join_heads(dqkv[size_t(i)], tokens), source, weight(i), {},
+                                                        kNone, true, true, true, parts, dx);
+    dx = sum;
+    keep(i, dweight, dbias);
+  }
+  gradients[0] = dx;
+  for (size_t i = 1; i < gradients.size(); ++i)
+    if (gradients[i].scalar_type() != parameters[i - 1].scalar_type())
+      gradients[i] = torch::stable::to(gradients[i], parameters[i - 1].scalar_type());
+  return gradients;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lmkernels, CPU, m) { m.impl("encoder_layers", TORCH_BOX(&encoder_layers)); }
+STABLE_TORCH_LIBRARY_IMPL(lmkernels, CPU, m) {
+  m.impl("encoder_layers", TORCH_BOX(&encoder_layers));
+  m.impl("encoder_layer_fwd", TORCH_BOX(&encoder_layer_fwd));
+  m.impl("encoder_layer_bwd", TORCH_BOX(&encoder_layer_bwd));
+}

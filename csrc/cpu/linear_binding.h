@@ -156,11 +156,12 @@ void run_activation(lmk::ActivationArgs& a, const Tensor& dbias) {
   if (sums) run_tasks(strips, 0, 1.0 * blocks * a.cols, [&](int64_t task, void*) { kernels.sum_blocks(a, task); });
 }
 
-// The gradients of x and weight for out = x weight^T, whose gradient is dout.
+// The gradients of x and weight for out = x weight^T, whose gradient is dout. What else goes to x is added to dx, which
+// then has its dtype.
 std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x, const Tensor& weight, bool need_dx,
-                                             bool need_dweight, int64_t parts) {
+                                             bool need_dweight, int64_t parts, const OptionalTensor& to_x = {}) {
   const int64_t rows = x.size(0), depth = x.size(1), cols = weight.size(0);
-  Tensor dx = new_tensor(x, {need_dx ? rows : 0, need_dx ? depth : 0});
+  Tensor dx = new_tensor(to_x ? *to_x : x, {need_dx ? rows : 0, need_dx ? depth : 0});
   Tensor dweight = new_tensor(weight, {0, 0});
   std::vector<lmk::LinearArgs> products;
   const auto product = [&](const Tensor& c, const lmk::Matrix& a, const lmk::Matrix& b, int64_t common) {
@@ -172,6 +173,7 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x
     products.push_back(p);
   };
   if (need_dx) product(dx, lines_of(dout, 0), lines_of(weight, 1), cols);
+  if (need_dx && to_x) products[0].end.residual = to_x->const_data_ptr(), products[0].end.residual_row = depth;
   // in the layout of the weight
   const bool turned = weight.stride(0) == 1 && weight.stride(1) != 1;
   if (need_dweight) {
@@ -184,10 +186,11 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& dout, const Tensor& x
   return {dx, dweight};
 }
 
-// dx, dweight, dbias; those not needed are empty. pre is what the activation was applied to.
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor& x_, const Tensor& weight_,
-                                              const OptionalTensor& pre, int64_t activation, bool need_dx,
-                                              bool need_dweight, bool need_dbias, int64_t parts) {
+// dx, dweight, dbias; those not needed are empty. pre is what the activation was applied to; to_x as above, contiguous.
+std::tuple<Tensor, Tensor, Tensor> linear_gradients(const Tensor& dout_, const Tensor& x_, const Tensor& weight_,
+                                                    const OptionalTensor& pre, int64_t activation, bool need_dx,
+                                                    bool need_dweight, bool need_dbias, int64_t parts,
+                                                    const OptionalTensor& to_x = {}) {
   check_weight(x_, weight_, {});
   const Tensor x = dense_matrix(x_), weight = dense_matrix(weight_);
   Tensor dout = dense_rows(dout_);
@@ -213,8 +216,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout_, const Tensor&
     run_activation(p, dbias);
     if (active) dout = dpre;
   }
-  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight, parts);
+  const auto [dx, dweight] = product_gradients(dout, x, weight, need_dx, need_dweight, parts, to_x);
   return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                              const OptionalTensor& pre, int64_t activation, bool need_dx,
+                                              bool need_dweight, bool need_dbias, int64_t parts) {
+  return linear_gradients(dout, x, weight, pre, activation, need_dx, need_dweight, need_dbias, parts);
 }
 
 // The gradients of activation(pre), or of activation(gate) * pre, and the value again: dpre, dgate, out, dbias.

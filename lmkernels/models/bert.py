@@ -20,6 +20,7 @@ from ..ops._checks import autocast
 from ..ops.attention.capture import listening
 from ..ops.embed import embed
 from ..ops.encoder_layers import native
+from ..ops.encoder_layers.autograd import trains
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.norms import layer_norm
 from ..ops.positions import add_positions
@@ -279,16 +280,17 @@ class BertLayer(nn.Module):
         )
         return mine and not listening and not any(map(is_watched, self.modules()))
 
-    def for_kernel(self) -> tuple[list, tuple] | None:
-        """What `encoder_layers` takes of it: its 16 parameters, and (heads, activation, eps). None where it drops, or
-        where somebody would see that its modules are not called."""
+    def for_kernel(self) -> tuple[list, tuple, tuple] | None:
+        """What `encoder_layers` takes of it: its 16 parameters, (heads, activation, eps), and with which probabilities
+        it drops attention's weights and hidden states. None where somebody would see that its modules are not called.
+        """
         attention, up, down = self.attention, self.intermediate, self.output
         heads, output = attention.self, attention.output
-        for module, kind in zip((self, attention, heads, output, up, down), _LAYER):
-            if type(module) is not kind or is_watched(module):
-                return None
-        chances = (output.dropout, output.dropout.p), (down.dropout, down.dropout.p), (heads, heads.dropout_p)
-        if any(module.training and p > 0 for module, p in chances):
+        dropout, other = output.dropout, down.dropout
+        modules = (self, attention, heads, output, dropout, up, down, other)
+        if tuple(map(type, modules)) != _LAYER or any(map(is_watched, modules)):
+            return None
+        if (dropout.p, dropout.training) != (other.p, other.training) or dropout.inplace or other.inplace:
             return None
         norm1, norm2 = output.LayerNorm, down.LayerNorm
         parameters = []
@@ -297,15 +299,17 @@ class BertLayer(nn.Module):
                 found = None if is_watched(module) else (module.weight, module.bias)
             else:
                 found = weights_of(module)
-            if found is None or None in map(type, found):
+            if found is None or not _KERNEL_PARAMETERS.issuperset(map(type, found)):
                 return None
             parameters += found
         if norm1.eps != norm2.eps:
             return None
-        return parameters, (heads.num_heads, up.activation, norm2.eps)
+        chances = heads.dropout_p if heads.training else 0.0, dropout.p if dropout.training else 0.0
+        return parameters, (heads.num_heads, up.activation, norm2.eps), chances
 
 
-_LAYER = (BertLayer, BertAttention, BertSelfAttention, AddAndNorm, BertIntermediate, AddAndNorm)
+_LAYER = (BertLayer, BertAttention, BertSelfAttention, AddAndNorm, Dropout, BertIntermediate, AddAndNorm, Dropout)
+_KERNEL_PARAMETERS = {nn.Parameter, QuantizedWeight}
 
 
 class BertEncoder(nn.Module):
@@ -318,33 +322,31 @@ class BertEncoder(nn.Module):
         their keys and values."""
         layers = list(self.layer)
         last = layers.pop() if firsts and layers[-1].computes_firsts() else None
-        if (call := self._one_call(layers, x)) is not None:
-            x = tokens.encode(x, *call)
-        else:
-            for layer in layers:
-                x = layer(x, tokens)
+        x = _through(layers, x, tokens)
         if last is not None:
             return last(x, tokens, firsts)
         return tokens.firsts(x) if firsts else x
 
-    @staticmethod
-    def _one_call(layers: list[BertLayer], x: Tensor) -> tuple[list, int, str, float] | None:
-        """What `encoder_layers` takes after x, where it may compute these layers in inference; or None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return None
-        if listening or torch_module._has_any_global_hook() or is_for_torch(x):
-            return None
-        parameters, shapes = [], set()
-        for layer in layers:
-            found = layer.for_kernel() if type(layer) is BertLayer else None
-            if found is None:
-                return None
-            parameters += found[0]
-            shapes.add(found[1])
-        if len(shapes) != 1 or any(type(p) not in (nn.Parameter, QuantizedWeight) for p in parameters):
-            return None
-        (shape,) = shapes
-        return (parameters, *shape) if native.unsupported(x, parameters, shape[0]) is None else None
+
+def _through(layers: list[BertLayer], x: Tensor, tokens: AllTokens | RealTokens) -> Tensor:
+    """x after the layers: in inference all in one call, in training each in one and its backward in another, where
+    nobody would notice."""
+    if x.is_cpu and not (
+        torch.compiler.is_compiling() or listening or torch_module._has_any_global_hook() or is_for_torch(x)
+    ):
+        found = [layer.for_kernel() if type(layer) is BertLayer else None for layer in layers]
+        if torch.is_grad_enabled():
+            for layer, its in zip(layers, found):
+                x = tokens.train(x, *its) if its is not None and trains(x, *its) else layer(x, tokens)
+            return x
+        if None not in found and len({its[1:] for its in found}) == 1 and not torch.is_autocast_enabled("cpu"):
+            parameters = [p for its in found for p in its[0]]
+            _, shape, chances = found[0]
+            if not any(chances) and native.unsupported(x, parameters, shape[0]) is None:
+                return tokens.encode(x, parameters, *shape)
+    for layer in layers:
+        x = layer(x, tokens)
+    return x
 
 
 class BertPooler(nn.Module):

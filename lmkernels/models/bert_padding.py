@@ -9,6 +9,7 @@ from torch import Tensor
 from ..ops.attention import attention
 from ..ops.attention_varlen import attention_varlen
 from ..ops.encoder_layers import encoder_layers
+from ..ops.encoder_layers.autograd import Layer
 
 
 def real_tokens(b: int, s: int, attention_mask: Tensor | None, device: torch.device) -> AllTokens | RealTokens:
@@ -64,6 +65,10 @@ class AllTokens:
         x = x.view(self.b, self.s, -1)
         return encoder_layers(x, parameters, heads, activation=activation, eps=eps).flatten(0, 1)
 
+    def train(self, x: Tensor, parameters: list, shape: tuple, chances: tuple) -> Tensor:
+        """(t, d_model) after one layer, with its gradient."""
+        return Layer(*shape, *chances, batch=self.b)(x, parameters)
+
 
 class RealTokens:
     """The t real tokens of a padded batch (b, s), wherever in their rows they are; as AllTokens."""
@@ -106,3 +111,6 @@ class RealTokens:
     def encode(self, x: Tensor, parameters: list, heads: int, activation: str, eps: float) -> Tensor:
         bounds = {"cu_seqlens": self.cu_seqlens, "max_seqlen": self.longest}
         return encoder_layers(x, parameters, heads, activation=activation, eps=eps, **bounds)
+
+    def train(self, x: Tensor, parameters: list, shape: tuple, chances: tuple) -> Tensor:
+        return Layer(*shape, *chances, cu_seqlens=self.cu_seqlens, max_seqlen=self.longest)(x, parameters)

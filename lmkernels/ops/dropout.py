@@ -44,6 +44,11 @@ def drop(module: nn.Dropout, x: Tensor, residual: Tensor | None = None) -> Tenso
     return _dropout(x, residual, dropped, seed, code)
 
 
+def drop_by(x: Tensor, dropped: int, seed: int) -> Tensor:
+    """What `drop` gives with these numbers, on the CPU."""
+    return _Dropout.apply(x, None, dropped, seed, _CODES[x.dtype])
+
+
 def _can(x: Tensor, residual: Tensor | None) -> bool:
     if _library.native_error is not None or not x.is_cpu or x.dtype not in _CODES:
         return False

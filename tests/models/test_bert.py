@@ -18,12 +18,14 @@ from lmkernels.models import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    bert,
     bert_padding,
 )
 from lmkernels.models.dropout import Dropout
 from lmkernels.models.outputs import SequenceClassifierOutput
 from lmkernels.models.quantized import quantize
 from lmkernels.ops.encoder_layers import encoder_layers
+from lmkernels.ops.encoder_layers.autograd import Layer
 
 SHAPE = {
     "vocab_size": 61,
@@ -235,6 +237,17 @@ def test_a_mask_of_ones_is_no_mask_and_costs_no_packing():
     assert torch.equal(with_mask.last_hidden_state, model(**inputs).last_hidden_state)
 
 
+def recorded(rows: list[int]) -> type[Layer]:
+    """Layer, which puts the number of tokens of every call into rows."""
+
+    class Recorded(Layer):
+        def __call__(self, x, parameters):
+            rows.append(len(x))
+            return super().__call__(x, parameters)
+
+    return Recorded
+
+
 def test_nothing_of_padding_is_computed(monkeypatch):
     """Every product of a layer has as many rows as there are real tokens, and no mask is ever built."""
     import lmkernels.models.project as project
@@ -243,8 +256,13 @@ def test_nothing_of_padding_is_computed(monkeypatch):
     monkeypatch.setattr(
         project, "linear", lambda x, *a, linear=project.linear, **k: rows.append(len(x)) or linear(x, *a, **k)
     )
-    inputs = batch()
+    inputs, trained = batch(), []
     real = int(inputs["attention_mask"].sum())
+    monkeypatch.setattr(bert_padding, "Layer", recorded(trained))
+    small(BertForTokenClassification)(**inputs)
+    assert trained == [real] * 2 and rows == [real]
+    monkeypatch.setattr(bert, "trains", lambda *arguments: False)
+    rows.clear()
     small(BertForTokenClassification)(**inputs)
     assert rows == [real] * 12 + [real]
     rows.clear()
@@ -664,6 +682,57 @@ def test_inference_is_one_call_with_the_bits_of_layer_by_layer(model_class, mask
         model.base_model.encoder.layer[0].register_forward_hook(lambda module, args, out: None)
         torch.testing.assert_close(model(**inputs)[0], out, rtol=0, atol=0)
     assert len(one_call) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mask", [False, True], ids=["dense", "padded"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_training_is_a_call_for_each_layer_with_the_bits_of_its_modules(p, mask, autocast, monkeypatch, native):
+    chances = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+    model, inputs = small(BertForTokenClassification, **chances).train(), batch()
+    if not mask:
+        del inputs["attention_mask"]
+    calls = []
+    monkeypatch.setattr(bert_padding, "Layer", recorded(calls))
+
+    def train():
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs, **labels_of(model)).loss
+        return loss, gradients(model, loss)
+
+    loss, actual = train()
+    assert len(calls) == 2
+    monkeypatch.setattr(bert, "trains", lambda *arguments: False)
+    other, expected = train()
+    assert len(calls) == 2 and torch.equal(loss, other)
+    for name, gradient in actual.items():
+        if name.endswith("key.bias"):
+            continue  # zero but for rounding
+        close = 0.03 * expected[name].abs().max() if autocast else 1e-5 * expected[name].abs().max() + 1e-7
+        assert (gradient - expected[name]).abs().max() <= close, name
+
+
+@pytest.mark.parametrize("name", ["frozen", "listener", "hook", "LoRA", "two chances"])
+def test_training_goes_module_by_module_where_somebody_would_notice(name, monkeypatch, native):
+    model, inputs, calls, seen = small().train(), batch(), [], []
+    monkeypatch.setattr(bert_padding, "Layer", recorded(calls))
+    layer = model.encoder.layer[1]
+    with contextlib.ExitStack() as stack:
+        if name == "frozen":
+            layer.output.dense.weight.requires_grad_(False)
+        elif name == "listener":
+            seen = stack.enter_context(capture_attention())
+        elif name == "hook":
+            layer.output.dropout.register_forward_hook(lambda module, args, out: seen.append(module))
+        elif name == "LoRA":
+            layer.output.dense = torch.nn.Sequential(layer.output.dense)
+        else:
+            layer.output.dropout.p = 0.2
+        model(**inputs).last_hidden_state.sum().backward()
+    assert len(calls) == (0 if name == "listener" else 1)
+    assert seen or name not in ("listener", "hook")
+    assert (layer.output.LayerNorm.weight.grad is not None) and (layer.intermediate.dense.weight.grad is not None)
 
 
 @pytest.mark.parametrize(

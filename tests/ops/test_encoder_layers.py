@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lmkernels import attention, attention_varlen, layer_norm, linear, quantize_weight
 from lmkernels.ops.encoder_layers import encoder_layers
+from lmkernels.ops.encoder_layers.autograd import Layer
 from lmkernels.testing import numerics
 
-ON_EVERY_ISA = r"(one_by_one|accurate).*native"
+ON_EVERY_ISA = r"(one_by_one|accurate).*native|composed"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS = 3
 LENGTHS = [(40, 40), (1,), (9, 0, 33, 1)]  # of sequences; packed where they differ
@@ -129,6 +130,71 @@ def test_strides_and_no_layers(native):
     torch.testing.assert_close(encoder_layers(x, parameters, HEADS), expected, rtol=0, atol=0)
     assert torch.equal(encoder_layers(x, [], HEADS), x)
     assert encoder_layers(x[:0], parameters, HEADS).shape == (0, 4, 48)
+
+
+def trained(lengths: tuple[int, ...], **chances: float) -> Layer:
+    """For x (t, d_model) of such sequences, with silu."""
+    if len(set(lengths)) == 1:
+        return Layer(HEADS, "silu", 1e-5, batch=len(lengths), **chances)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Layer(HEADS, "silu", 1e-5, cu_seqlens=starts, max_seqlen=max(lengths), **chances)
+
+
+@pytest.mark.parametrize("chances", [{}, {"attention_p": 0.2, "p": 0.3}], ids=["kept", "dropped"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_a_layer_in_training_is_what_it_is_composed_of(dtype, narrow, lengths, chances, native):
+    parameters = [p.requires_grad_() for p in layers(1, dtype)]
+    x = torch.randn(sum(lengths), 48).to(dtype).requires_grad_()
+    layer, dy = trained(lengths, **chances), torch.randn(sum(lengths), 48).to(dtype)
+    with torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None):
+        y = layer(x, parameters)
+    chance = y.grad_fn.chance
+    expected = layer.composed(chance, x, *parameters)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    actual = torch.autograd.grad(y, [x, *parameters], dy)
+    product = chance[-1]
+    tolerance = 8 * max(torch.finfo(product).eps, torch.finfo(dtype).eps)
+    for i, (mine, theirs) in enumerate(zip(actual, torch.autograd.grad(expected, [x, *parameters], dy), strict=True)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        if i != 4:  # of the keys' bias it is zero but for rounding
+            assert (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-6, i
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 4)], ids=str)
+def test_a_layers_gradients_pass_gradcheck(lengths, native):
+    parameters = [p.requires_grad_() for p in layers(1, torch.float64, d_model=6, d_ff=5)]
+    x = torch.randn(sum(lengths), 6, dtype=torch.float64, requires_grad=True)
+    layer = trained(lengths, attention_p=0.2, p=0.3)
+
+    def seeded(x, *parameters):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            return layer(x, parameters)
+
+    torch.autograd.gradcheck(seeded, (x, *parameters))
+    torch.autograd.gradgradcheck(seeded, (x, *parameters), atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_ops_of_training_pass_opcheck(code, packed, native):
+    parameters, x = layers(1, torch.float32), torch.randn(12, 48)
+    starts = torch.tensor([0, 5, 12]).int() if packed else None
+    numbers = (starts, 2, 7, HEADS, 0.25, 3)
+    drops = (torch.tensor(7), 0.1, 6000, 8, 9)
+    arguments = (x, parameters, *numbers, 1e-5, *drops, code)
+    torch.library.opcheck(torch.ops.lmkernels.encoder_layer_fwd.default, arguments)
+    _, *saved = torch.ops.lmkernels.encoder_layer_fwd(*arguments)
+    y1 = saved.pop(8)
+    saved = saved if code else [*saved, x, y1]
+    torch.library.opcheck(
+        torch.ops.lmkernels.encoder_layer_bwd.default, (torch.randn(12, 48), saved, parameters, *numbers, *drops)
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
