@@ -24,6 +24,10 @@ struct AccOf<double> {
 template <class E>
 using Acc = typename AccOf<E>::type;
 
+// Whether what is computed for an E may be as short as activation_body.h makes it with kRounded.
+template <class E>
+constexpr bool kRounds = LMK_BF16_DOT && std::is_same_v<E, Bf16>;
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(Bf16 x) { return from_bits(uint32_t(x.bits) << 16); }

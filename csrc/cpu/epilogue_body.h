@@ -44,7 +44,7 @@ void finish_vectors(const Epilogue& e, int64_t row, int64_t col, int64_t n, cons
     V x = V::load(product + i);
     if (bias) x = x + load_vec(bias + i);
     if (pre) store_vec(x, pre + i);
-    if (e.activation != Activation::none) x = activate<Acc<E>>(e.activation, x);
+    if (e.activation != Activation::none) x = activate<Acc<E>, kRounds<E>>(e.activation, x);
     return residual ? x + load_vec(residual + i) : x;
   };
   int64_t i = 0;

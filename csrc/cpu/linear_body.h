@@ -146,12 +146,12 @@ struct ActivationRow {
     const V total = sum ? V::load(sum + i) : V::zero();
     if (gate) {
       const V p = load_vec(pre + i);
-      const auto active = activated<Acc<E>>(activation, load_vec(gate + i));
+      const auto active = activated<Acc<E>, kRounds<E>>(activation, load_vec(gate + i));
       if (out) store_vec(active.value * p, out + i);
       if (dgate) store_vec(d * p * active.slope, dgate + i);
       d = d * active.value;
     } else if (pre) {
-      const auto active = activated<Acc<E>>(activation, load_vec(pre + i));
+      const auto active = activated<Acc<E>, kRounds<E>>(activation, load_vec(pre + i));
       if (out) store_vec(active.value, out + i);
       d = d * active.slope;
     }

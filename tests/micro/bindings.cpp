@@ -55,6 +55,10 @@ void add_vectors(py::module_& m, const lmk::MicroVectors<T>& vectors) {
   };
   add_activation("activate", vectors.activate);
   add_activation("activate_grad", vectors.activate_grad);
+  if (vectors.activate_bf16) {
+    add_activation("activate_bf16", vectors.activate_bf16);
+    add_activation("activate_grad_bf16", vectors.activate_grad_bf16);
+  }
   m.def(
       "log_row",
       [run = vectors.log_row](const Array<T>& x) {

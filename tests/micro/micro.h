@@ -32,6 +32,9 @@ struct MicroVectors {
   T (*reduce_max)(const T* x);
   void (*activate)(Activation activation, const T* x, int64_t n, T* y);
   void (*activate_grad)(Activation activation, const T* x, int64_t n, T* y);
+  // for results that are rounded to bfloat16; null where there is none
+  void (*activate_bf16)(Activation activation, const T* x, int64_t n, T* y);
+  void (*activate_grad_bf16)(Activation activation, const T* x, int64_t n, T* y);
   void (*log_row)(const T* x, int64_t n, double* y);
   void (*load_row)(DType dtype, const void* src, int64_t n, T* dst);
   void (*store_row)(DType dtype, const T* src, int64_t n, void* dst);

@@ -76,14 +76,14 @@ struct less_op {
   }
 };
 
-template <class T>
+template <class T, bool kRounded = false>
 struct Activate {
   Activation activation;
   bool grad;
   const T* x;
   Vec<T> operator()(int64_t i, int64_t count) const {
     const Vec<T> v = load_lanes(x + i, count);
-    return grad ? activate_grad<T>(activation, v) : activate<T>(activation, v);
+    return grad ? activate_grad<T, kRounded>(activation, v) : activate<T, kRounded>(activation, v);
   }
   static void run(Activation activation, const T* x, int64_t n, T* y) {
     over_vectors(Activate{activation, false, x}, n, y);
@@ -116,6 +116,8 @@ constexpr MicroVectors<T> vectors_of() {
           reduce_max_of<T>,
           Activate<T>::run,
           Activate<T>::run_grad,
+          nullptr,
+          nullptr,
           log_row,
           load_row<T>,
           store_row<T>};
@@ -126,6 +128,8 @@ constexpr MicroVectors<float> vectors_of_float() {
 #if LMK_BF16_DOT
   vectors.unary[3] = {"exp_bf16", Unary<float, exp_bf16_op>::run};
   vectors.unary[4] = {"exp2", Unary<float, exp2_op>::run};
+  vectors.activate_bf16 = Activate<float, true>::run;
+  vectors.activate_grad_bf16 = Activate<float, true>::run_grad;
 #endif
   return vectors;
 }

@@ -175,6 +175,22 @@ def test_a_derivative_is_as_exact_as_it_says(isa, name, dtype):
     assert error.max() <= (2 if dtype == np.float32 else 8)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_for_bfloat16_is_as_exact_as_it_says(isa, name):
+    if not isa.has_bf16_products:
+        pytest.skip("this instruction set has no products of bfloat16")
+    activation = list(ACTIVATIONS).index(name)
+    x, exact = activation_samples(name, False, -8.0, 8.0, np.float32)
+    there = np.abs(exact) > 1e-30
+    assert np.abs(isa.activate_bf16(activation, x)[there] / exact[there] - 1).max() <= 3e-4
+    x, exact = activation_samples(name, True, -8.0, 8.0, np.float32)
+    assert (np.abs(isa.activate_grad_bf16(activation, x) - exact) / np.maximum(np.abs(exact), 1)).max() <= 3e-4
+    far = np.array([-1e30, -30.0, 30.0, 1e30, np.nan], np.float32)
+    y, slope = isa.activate_bf16(activation, far), isa.activate_grad_bf16(activation, far)
+    np.testing.assert_allclose(y, isa.activate(activation, far), rtol=3e-4, atol=1e-8)
+    np.testing.assert_allclose(slope, isa.activate_grad(activation, far), rtol=3e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_far_out(isa, name, dtype):
