@@ -49,18 +49,24 @@ void choose_blocks(lmk::LinearArgs& a, const lmk::LinearKernels& kernels, int64_
 void run_matmuls(std::span<lmk::LinearArgs> products, int64_t col_unit = 64) {
   if (products.empty()) return;
   const lmk::LinearKernels& kernels = lmk::linear_kernels(products[0].compute, products[0].parts);
-  std::vector<int64_t> ends;  // of the tasks of each
-  int64_t tasks = 0, scratch_bytes = 0;
+  int64_t scratch_bytes = 0;
   double flops = 0;
   for (lmk::LinearArgs& a : products) {
-    if (a.rows > 0 && a.cols > 0) {
-      choose_blocks(a, kernels, col_unit);
-      const auto blocks = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
-      tasks += blocks(a.rows, a.rows_per_task) * blocks(a.cols, a.cols_per_task);
-      a.tasks_apart = torch::stable::get_num_threads();
-      scratch_bytes = std::max(scratch_bytes, kernels.scratch(a));
-      flops += 2.0 * double(a.rows) * double(a.cols) * double(a.depth);
-    }
+    if (a.rows == 0 || a.cols == 0) continue;
+    choose_blocks(a, kernels, col_unit);
+    a.tasks_apart = torch::stable::get_num_threads();
+    scratch_bytes = std::max(scratch_bytes, kernels.scratch(a));
+    flops += 2.0 * double(a.rows) * double(a.cols) * double(a.depth);
+  }
+  // the smallest tasks last: a thread that is done waits for one of them at most
+  const auto task_size = [](const lmk::LinearArgs& a) { return a.rows_per_task * a.cols_per_task * a.depth; };
+  std::stable_sort(products.begin(), products.end(),
+                   [&](const auto& x, const auto& y) { return task_size(x) > task_size(y); });
+  std::vector<int64_t> ends;  // of the tasks of each
+  int64_t tasks = 0;
+  for (const lmk::LinearArgs& a : products) {
+    const auto blocks = [](int64_t n, int64_t part) { return part ? (n + part - 1) / part : 0; };
+    tasks += blocks(a.rows, a.rows_per_task) * blocks(a.cols, a.cols_per_task);
     ends.push_back(tasks);
   }
   run_tasks(tasks, scratch_bytes, flops, [&](int64_t task, void* scratch) {
