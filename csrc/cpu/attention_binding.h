@@ -304,7 +304,15 @@ void store_sums(const std::vector<double>& sums, Tensor& x) {
     std::copy(sums.begin(), sums.end(), static_cast<float*>(x.mutable_data_ptr()));
 }
 
-// a holds everything but the gradients, which arrive and are written here. q, k: as they were given, dense or packed.
+// With an empty tensor for each gradient that was not wanted.
+AttentionGradients filled(AttentionGradients gradients, const Tensor& q) {
+  for (Tensor* x : {&std::get<3>(gradients), &std::get<4>(gradients), &std::get<5>(gradients)})
+    if (!x->defined()) *x = new_tensor(q, {0});
+  return gradients;
+}
+
+// a holds everything but the gradients, which arrive and are written here; those that are not needed are undefined.
+// q, k: as they were given, dense or packed.
 AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences, const OptionalTensor& dout_,
                                      const OptionalTensor& dlse_, const Tensor& q, const Tensor& k, const Tensor& v,
                                      const Tensor& out, const Tensor& lse, const AttentionOptions& o, bool need_dbias,
@@ -326,14 +334,15 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
 
   need_dbias &= o.bias.has_value(), need_dslopes &= o.alibi_slopes.has_value(), need_dsink &= o.sink.has_value();
   const auto gradient_of = [&](const OptionalTensor& x, bool needed) {
-    return needed ? new_tensor(*x, x->sizes()) : new_tensor(q, {0});
+    return needed ? new_tensor(*x, x->sizes()) : Tensor();
   };
   Tensor dq = new_tensor(q, q.sizes()), dk = new_tensor(k, k.sizes());
   Tensor dv = new_tensor(v, v.sizes());
   Tensor dbias = gradient_of(o.bias, need_dbias), dslopes = gradient_of(o.alibi_slopes, need_dslopes);
   Tensor dsink = gradient_of(o.sink, need_dsink);
   if (lse.numel() == 0 || k.numel() == 0) {
-    for (Tensor* x : {&dq, &dk, &dv, &dbias, &dslopes, &dsink}) torch::stable::zero_(*x);
+    for (Tensor* x : {&dq, &dk, &dv, &dbias, &dslopes, &dsink})
+      if (x->defined()) torch::stable::zero_(*x);
     return {dq, dk, dv, dbias, dslopes, dsink};
   }
   if (queries_of(sequences) * a.heads < lse.numel()) torch::stable::zero_(dq);
@@ -404,14 +413,14 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
   return {dq, dk, dv, dbias, dslopes, dsink};
 }
 
-AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q_,
-                                 const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse,
-                                 const OptionalTensor& mask, const OptionalTensor& bias,
-                                 const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
-                                 const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
-                                 int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
-                                 bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
-                                 int64_t parts) {
+AttentionGradients attention_gradients(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q_,
+                                       const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse,
+                                       const OptionalTensor& mask, const OptionalTensor& bias,
+                                       const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
+                                       const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
+                                       int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
+                                       bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
+                                       int64_t parts) {
   const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
   const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
                                  left, right, scale,        softcap, dropout_p};
@@ -421,14 +430,28 @@ AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTenso
                            deterministic, parts);
 }
 
+AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
+                                 const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                 const OptionalTensor& mask, const OptionalTensor& bias,
+                                 const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
+                                 const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
+                                 int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
+                                 bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
+                                 int64_t parts) {
+  return filled(attention_gradients(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed,
+                                    left, right, offset, scale, softcap, dropout_p, need_dbias, need_dslopes,
+                                    need_dsink, deterministic, parts),
+                q);
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_bwd_plain(const OptionalTensor& dout, const OptionalTensor& dlse,
                                                        const Tensor& q, const Tensor& k, const Tensor& v,
                                                        const Tensor& out, const Tensor& lse, int64_t right,
                                                        int64_t offset, double scale, bool deterministic,
                                                        int64_t parts) {
   const auto [dq, dk, dv, dbias, dslopes, dsink] =
-      attention_bwd(dout, dlse, q, k, v, out, lse, {}, {}, {}, {}, {}, {}, -1, right, offset, scale, 0, 0, false, false,
-                    false, deterministic, parts);
+      attention_gradients(dout, dlse, q, k, v, out, lse, {}, {}, {}, {}, {}, {}, -1, right, offset, scale, 0, 0, false,
+                          false, false, deterministic, parts);
   return {dq, dk, dv};
 }
 

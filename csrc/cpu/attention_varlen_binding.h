@@ -71,8 +71,9 @@ AttentionGradients attention_varlen_bwd(const OptionalTensor& dout, const Option
   const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
                                  left, right, scale,        softcap, dropout_p};
   lmk::AttentionArgs a = attention_args(q, k, v, options, int64_t(sequences.size()), max_seqlen_q, max_seqlen_k);
-  return run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes, need_dsink,
-                           deterministic, parts);
+  return filled(run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes,
+                                  need_dsink, deterministic, parts),
+                q);
 }
 
 }  // namespace

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 _PARTS = {"tf32": 2, "bf16": 1}
+# what torch.backends.mkldnn.matmul.fp32_precision returns, which takes ten times as long
+_precision_of = torch._C._get_fp32_precision_getter
 
 
 def float32_parts() -> int:
@@ -13,8 +15,7 @@ def float32_parts() -> int:
     "highest", "high" and "medium" of `torch.set_float32_matmul_precision` are 3, 2 and 1. A compiled graph keeps what
     was set when it was compiled, until that function leaves "highest" or returns to it.
     """
-    # what torch.backends.mkldnn.matmul.fp32_precision returns, which takes ten times as long
-    return _PARTS.get(torch._C._get_fp32_precision_getter("mkldnn", "matmul"), 3)
+    return _PARTS.get(_precision_of("mkldnn", "matmul"), 3)
 
 
 # what torch.compiler.assume_constant_result does, which imports Triton as well

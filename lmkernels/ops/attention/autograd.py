@@ -53,7 +53,6 @@ def gradient_of(backends: dict[str, ModuleType]) -> type[torch.autograd.Function
 
         @staticmethod
         def backward(ctx, dout, dlse):
-            needs = ctx.needs_input_grad[5:8]  # bias, alibi_slopes, sink
             name, deterministic, numbers = ctx.call
             q, k, v, out, lse, *tensors = ctx.saved_tensors
             if torch.is_grad_enabled():
@@ -64,11 +63,11 @@ def gradient_of(backends: dict[str, ModuleType]) -> type[torch.autograd.Function
                     (dout, dlse),
                 )
                 return None, *gradients
-            dq, dk, dv, *optional = backends[name].backward(
-                dout, dlse, q, k, v, out, lse, *tensors, *numbers, *needs, deterministic
-            )
+            given = dout, dlse, q, k, v, out, lse
             if not tensors:
-                return None, dq, dk, dv
+                return None, *backends[name].backward(*given, *numbers, deterministic)
+            needs = ctx.needs_input_grad[5:8]  # bias, alibi_slopes, sink
+            dq, dk, dv, *optional = backends[name].backward(*given, *tensors, *numbers, *needs, deterministic)
             dbias, dslopes, dsink = (g if needed else None for g, needed in zip(optional, needs, strict=True))
             return None, dq, dk, dv, None, dbias, dslopes, dsink, *(None,) * (len(tensors) - 4)
 

@@ -14,7 +14,9 @@ NO_OPTIONS = (None,) * 5  # mask, bias, alibi_slopes, sink, kv_lengths
 def check_qkv(q, k, v, names=("q", "k", "v")) -> tuple[int, int, int, int, int]:
     """b, s_q, h, d, s_k, or an error that names the argument."""
     try:
-        b, s_q, h, d = q.shape
+        b, s_q, h, d = shape = q.shape
+        if shape == k.shape == v.shape and h > 0 and d > 0 and _alike(q, k, v):
+            return b, s_q, h, d, s_q
         b_k, s_k, h_kv, d_k = k.shape
         b_v, s_v, h_v, d_v = v.shape
         fits = (
