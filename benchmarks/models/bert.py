@@ -51,13 +51,22 @@ class Shape:
         return {"input_ids": (ids * mask).to(harness.device), "attention_mask": mask.to(harness.device)}
 
 
+# one at a time: of BERT-base, and of a model for embeddings
+SENTENCES = tuple(
+    Shape(b=1, s=s, layers=layers, width=width) for layers, width in ((12, 768), (6, 384)) for s in (16, 64)
+)
+
+
 def lines() -> list[harness.Line]:
     return [
         line(direction, Shape(ragged=ragged), dtype)
         for direction in ("inference", "classification", "training")
         for ragged in (False, True)
         for dtype in DTYPES
-    ] + [line("int8 inference", Shape(ragged=ragged), "bfloat16") for ragged in (False, True)]
+    ] + [
+        *(line("int8 inference", Shape(ragged=ragged), "bfloat16") for ragged in (False, True)),
+        *(line("sentence", shape, dtype) for shape in SENTENCES for dtype in DTYPES),
+    ]
 
 
 @functools.cache
@@ -175,6 +184,7 @@ COMPETITORS = {
     "classification": classification,
     "training": training,
     "int8 inference": int8_inference,
+    "sentence": inference,
 }
 
 
@@ -196,6 +206,12 @@ def wrong(direction: str, shape: Shape, dtype: str) -> str | None:
     return None
 
 
+def name_of(shape: Shape) -> str:
+    if shape.b == 1:
+        return f"{shape.layers} layers of {shape.width}, s {shape.s}"
+    return f"{'ragged' if shape.ragged else 'dense'}, b {shape.b} s {shape.s}"
+
+
 def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
     d, lengths = shape.width, shape.lengths
     tokens = int(lengths.sum())
@@ -205,7 +221,7 @@ def line(direction: str, shape: Shape, dtype: str) -> harness.Line:
         work -= (tokens - shape.b) * 10 * d * d + scores - 2 * d * tokens
     return harness.Line(
         group=direction,
-        case=f"{direction}, {'ragged' if shape.ragged else 'dense'}, b {shape.b} s {shape.s}",
+        case=f"{direction}, {name_of(shape)}",
         dtype=dtype,
         direction="",
         competitors=lambda: COMPETITORS[direction](dtype, shape),

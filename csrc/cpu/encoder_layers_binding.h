@@ -55,6 +55,19 @@ std::array<Tensor, 3> project_thrice(const Tensor& x, const std::array<Dense, 3>
   return outs;
 }
 
+// (t, d_model) as attention takes it, packed or of `batch` sequences, and back.
+Tensor split_heads(const Tensor& x, int64_t heads, bool packed, int64_t batch) {
+  const int64_t tokens = x.size(0), d = x.size(1) / heads;
+  const std::array<int64_t, 4> sizes{batch, tokens / std::max<int64_t>(1, batch), heads, d};
+  const std::array<int64_t, 3> packed_sizes{tokens, heads, d};
+  return packed ? torch::stable::view(x, {packed_sizes.data(), packed_sizes.size()})
+                : torch::stable::view(x, {sizes.data(), sizes.size()});
+}
+Tensor join_heads(const Tensor& x, int64_t tokens) {
+  const std::array<int64_t, 2> sizes{tokens, x.size(x.dim() - 2) * x.size(x.dim() - 1)};
+  return torch::stable::view(x, {sizes.data(), sizes.size()});
+}
+
 // x (b, s, d_model), or (t, d_model) with cu_seqlens, through layers that normalise what they have added. parameters:
 // of each layer those of query, key, value, output, norm, up, down and norm; a quantised weight is its bytes and
 // scales.
@@ -67,61 +80,28 @@ Tensor encoder_layers(const Tensor& x_, std::vector<Tensor> parameters, const Op
   STD_TORCH_CHECK(!parameters.empty(), "parameters must hold a layer or more");
   constexpr int64_t kNone = int64_t(lmk::Activation::none);
   const std::array<int64_t, 2> packed{tokens, width};
-  const std::array<int64_t, 3> by_token{tokens, heads, width / heads};
-  const std::array<int64_t, 4> by_sequence{batch, tokens / std::max<int64_t>(1, batch), heads, width / heads};
   Tensor x = torch::stable::view(torch::stable::contiguous(x_), {packed.data(), packed.size()});
   LayerReader reader{parameters};
   while (reader.used < parameters.size()) {
     const std::array<Dense, 3> in{Dense::read(reader), Dense::read(reader), Dense::read(reader)};
     const std::array<Tensor, 3> qkv = project_thrice(x, in, parts);
-    const auto by_head = [&](const Tensor& y) {
-      return cu_seqlens ? torch::stable::view(y, {by_token.data(), by_token.size()})
-                        : torch::stable::view(y, {by_sequence.data(), by_sequence.size()});
-    };
-    const Tensor q = by_head(qkv[0]), k = by_head(qkv[1]), v = by_head(qkv[2]);
-    const Tensor heads_out =
-        cu_seqlens ? std::get<0>(attention_varlen_fwd(q, k, v, {}, {}, {}, {}, {}, {}, *cu_seqlens, *cu_seqlens,
-                                                      max_seqlen, max_seqlen, -1, -1, scale, 0, 0, parts))
-                   : std::get<0>(attention_fwd_plain(q, k, v, -1, 0, scale, parts));
-    const Tensor attended = torch::stable::view(heads_out, {packed.data(), packed.size()});
+    const auto split = [&](const Tensor& y) { return split_heads(y, heads, cu_seqlens.has_value(), batch); };
+    const Tensor q = split(qkv[0]), k = split(qkv[1]), v = split(qkv[2]);
+    const Tensor out = cu_seqlens
+                           ? std::get<0>(attention_varlen_fwd(q, k, v, {}, {}, {}, {}, {}, {}, *cu_seqlens, *cu_seqlens,
+                                                              max_seqlen, max_seqlen, -1, -1, scale, 0, 0, parts))
+                           : std::get<0>(attention_fwd_plain(q, k, v, -1, 0, scale, parts));
     const auto norm = [&](const Tensor& y) {
       const Tensor &weight = reader.next(), &bias = reader.next();
       return norm_fwd(y, {}, weight, bias, eps, true, false)[0];
     };
-    const Tensor after_attention = Dense::read(reader)(attended, x, kNone, parts);
+    const Tensor after_attention = Dense::read(reader)(join_heads(out, tokens), x, kNone, parts);
     x = norm(after_attention);
     const Tensor hidden = Dense::read(reader)(x, {}, activation, parts);
     const Tensor after_mlp = Dense::read(reader)(hidden, x, kNone, parts);
     x = norm(after_mlp);
   }
   return torch::stable::view(x, x_.sizes());
-}
-
-// How one layer is trained.
-struct LayerOptions {
-  const OptionalTensor& cu_seqlens;
-  int64_t batch, max_seqlen, heads;
-  double scale;
-  int64_t activation;
-  const OptionalTensor& attention_seed;  // of its dropout, with attention_p
-  double attention_p;
-  int64_t dropped;  // of the hidden states, as in dropout, with seeds
-  int64_t seed1, seed2;
-};
-
-// (t, d_model) as attention takes it.
-Tensor split_heads(const Tensor& x, const LayerOptions& o) {
-  const int64_t tokens = x.size(0), d = x.size(1) / o.heads;
-  const std::array<int64_t, 3> packed{tokens, o.heads, d};
-  const std::array<int64_t, 4> padded{o.batch, tokens / std::max<int64_t>(1, o.batch), o.heads, d};
-  return o.cu_seqlens ? torch::stable::view(x, {packed.data(), packed.size()})
-                      : torch::stable::view(x, {padded.data(), padded.size()});
-}
-
-Tensor join_heads(const Tensor& x, int64_t tokens) {
-  const std::array<int64_t, 2> sizes{tokens,
-                                     tokens == 0 ? x.size(x.dim() - 1) * x.size(x.dim() - 2) : x.numel() / tokens};
-  return torch::stable::view(x, {sizes.data(), sizes.size()});
 }
 
 int64_t code_of(const Tensor& x) { return int64_t(dtype_of(x)); }
@@ -152,8 +132,6 @@ std::vector<Tensor> encoder_layer_fwd(const Tensor& x, std::vector<Tensor> param
                                       int64_t activation, double eps, const OptionalTensor& attention_seed,
                                       double attention_p, int64_t dropped, int64_t seed1, int64_t seed2, int64_t dtype,
                                       int64_t parts) {
-  const LayerOptions o{cu_seqlens,     batch,       max_seqlen, heads, scale, activation,
-                       attention_seed, attention_p, dropped,    seed1, seed2};
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.is_contiguous(), "x must be (t, d), contiguous");
   LayerReader reader{parameters};
   const std::array<Dense, 3> in{Dense::read(reader), Dense::read(reader), Dense::read(reader)};
@@ -166,7 +144,8 @@ std::vector<Tensor> encoder_layer_fwd(const Tensor& x, std::vector<Tensor> param
   const ScalarType narrow = kScalarTypes[dtype];
   const Tensor source = narrows ? torch::stable::to(x, narrow) : x;
   const std::array<Tensor, 3> qkv = project_thrice(source, in, parts);
-  const Tensor q = split_heads(qkv[0], o), k = split_heads(qkv[1], o), v = split_heads(qkv[2], o);
+  const auto split = [&](const Tensor& y) { return split_heads(y, heads, cu_seqlens.has_value(), batch); };
+  const Tensor q = split(qkv[0]), k = split(qkv[1]), v = split(qkv[2]);
   const auto [attended, lse] =
       cu_seqlens ? attention_varlen_fwd(q, k, v, {}, {}, {}, {}, {}, attention_seed, *cu_seqlens, *cu_seqlens,
                                         max_seqlen, max_seqlen, -1, -1, scale, 0, attention_p, parts)
@@ -182,16 +161,14 @@ std::vector<Tensor> encoder_layer_fwd(const Tensor& x, std::vector<Tensor> param
   return results;
 }
 
-// The gradients of x and of the parameters, from that of y. saved: what encoder_layer_fwd has returned after y, x and
-// y1 in `dtype` last, with or without narrowing.
+// The gradients of x and, where they are needed, of the parameters, from that of y. saved: what encoder_layer_fwd has
+// returned after y, x and y1 in `dtype` last, with or without narrowing.
 std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> saved, std::vector<Tensor> parameters,
                                       const OptionalTensor& cu_seqlens, int64_t batch, int64_t max_seqlen,
                                       int64_t heads, double scale, int64_t activation,
                                       const OptionalTensor& attention_seed, double attention_p, int64_t dropped,
-                                      int64_t seed1, int64_t seed2, int64_t parts) {
+                                      int64_t seed1, int64_t seed2, bool need_parameters, int64_t parts) {
   constexpr int64_t kNone = int64_t(lmk::Activation::none);
-  const LayerOptions o{cu_seqlens,     batch,       max_seqlen, heads, scale, activation,
-                       attention_seed, attention_p, dropped,    seed1, seed2};
   STD_TORCH_CHECK(saved.size() == 15 && parameters.size() == 16, "saved and parameters must be those of a layer");
   const auto [q, k, v, attended, lse, s1, rstd1, mean1, pre, hidden, s2, rstd2, mean2, source, middle] =
       std::tie(saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], saved[7], saved[8], saved[9],
@@ -202,6 +179,9 @@ std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> save
   const auto keep = [&](int64_t i, const Tensor& dweight, const Tensor& dbias) {
     gradients[size_t(2 * i + 1)] = dweight, gradients[size_t(2 * i + 2)] = dbias;
   };
+  const auto keep_norm = [&](int64_t i, const std::vector<Tensor>& normed) {
+    if (need_parameters) keep(i, normed[1], normed[2]);
+  };
   // of what dropout was given, in the dtype that products have here
   const auto dropped_of = [&](const Tensor& dsum, int64_t seed) {
     if (dropped > 0) return dropout(dsum, {}, dropped, seed, code_of(source));
@@ -209,21 +189,24 @@ std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> save
   };
   enum { kQuery, kKey, kValue, kOutput, kNorm1, kUp, kDown, kNorm2 };
 
-  const std::vector<Tensor> normed2 = norm_bwd(dy, {}, s2, rstd2, mean2, weight(kNorm2), bias(kNorm2), true, true);
-  keep(kNorm2, normed2[1], normed2[2]);
-  const auto [dhidden, ddown, ddown_bias] =
-      linear_gradients(dropped_of(normed2[0], seed2), hidden, weight(kDown), {}, kNone, true, true, true, parts);
+  const std::vector<Tensor> normed2 =
+      norm_bwd(dy, {}, s2, rstd2, mean2, weight(kNorm2), bias(kNorm2), need_parameters, need_parameters);
+  keep_norm(kNorm2, normed2);
+  const auto [dhidden, ddown, ddown_bias] = linear_gradients(dropped_of(normed2[0], seed2), hidden, weight(kDown), {},
+                                                             kNone, true, need_parameters, need_parameters, parts);
   keep(kDown, ddown, ddown_bias);
-  const auto [dmiddle, dup, dup_bias] =
-      linear_gradients(dhidden, middle, weight(kUp), pre, activation, true, true, true, parts, normed2[0]);
+  const auto [dmiddle, dup, dup_bias] = linear_gradients(dhidden, middle, weight(kUp), pre, activation, true,
+                                                         need_parameters, need_parameters, parts, normed2[0]);
   keep(kUp, dup, dup_bias);
-  const std::vector<Tensor> normed1 = norm_bwd(dmiddle, {}, s1, rstd1, mean1, weight(kNorm1), bias(kNorm1), true, true);
-  keep(kNorm1, normed1[1], normed1[2]);
+  const std::vector<Tensor> normed1 =
+      norm_bwd(dmiddle, {}, s1, rstd1, mean1, weight(kNorm1), bias(kNorm1), need_parameters, need_parameters);
+  keep_norm(kNorm1, normed1);
   const int64_t tokens = source.size(0);
-  const auto [dattended, doutput, doutput_bias] = linear_gradients(
-      dropped_of(normed1[0], seed1), join_heads(attended, tokens), weight(kOutput), {}, kNone, true, true, true, parts);
+  const auto [dattended, doutput, doutput_bias] =
+      linear_gradients(dropped_of(normed1[0], seed1), join_heads(attended, tokens), weight(kOutput), {}, kNone, true,
+                       need_parameters, need_parameters, parts);
   keep(kOutput, doutput, doutput_bias);
-  const Tensor dheads = split_heads(dattended, o);
+  const Tensor dheads = split_heads(dattended, heads, cu_seqlens.has_value(), batch);
   const AttentionGradients inner =
       cu_seqlens ? attention_varlen_bwd(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed,
                                         *cu_seqlens, *cu_seqlens, max_seqlen, max_seqlen, -1, -1, scale, 0, attention_p,
@@ -234,11 +217,12 @@ std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> save
   const std::array<Tensor, 3> dqkv{std::get<0>(inner), std::get<1>(inner), std::get<2>(inner)};
   for (int64_t i = kQuery; i <= kValue; ++i) {
     const auto [sum, dweight, dbias] = linear_gradients(join_heads(dqkv[size_t(i)], tokens), source, weight(i), {},
-                                                        kNone, true, true, true, parts, dx);
+                                                        kNone, true, need_parameters, need_parameters, parts, dx);
     dx = sum;
     keep(i, dweight, dbias);
   }
   gradients[0] = dx;
+  if (!need_parameters) gradients.resize(1, dx);
   for (size_t i = 1; i < gradients.size(); ++i)
     if (gradients[i].scalar_type() != parameters[i - 1].scalar_type())
       gradients[i] = torch::stable::to(gradients[i], parameters[i - 1].scalar_type());

@@ -163,6 +163,8 @@ def test_a_layer_in_training_is_what_it_is_composed_of(dtype, narrow, lengths, c
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         if i != 4:  # of the keys' bias it is zero but for rounding
             assert (mine - theirs).norm() <= tolerance * theirs.norm() + 1e-6, i
+    alone = torch.autograd.grad(layer(x, parameters), x, dy)[0]
+    assert alone.shape == x.shape and (chances or torch.equal(alone, actual[0]) or narrow)
 
 
 @pytest.mark.parametrize("lengths", [(3, 3), (2, 4)], ids=str)
@@ -192,9 +194,11 @@ def test_the_ops_of_training_pass_opcheck(code, packed, native):
     _, *saved = torch.ops.lmkernels.encoder_layer_fwd(*arguments)
     y1 = saved.pop(8)
     saved = saved if code else [*saved, x, y1]
-    torch.library.opcheck(
-        torch.ops.lmkernels.encoder_layer_bwd.default, (torch.randn(12, 48), saved, parameters, *numbers, *drops)
-    )
+    for needed in (False, True):
+        torch.library.opcheck(
+            torch.ops.lmkernels.encoder_layer_bwd.default,
+            (torch.randn(12, 48), saved, parameters, *numbers, *drops, needed),
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -128,5 +128,6 @@ class _Layer(torch.autograd.Function):
                     (dy,),
                 ),
             )
-        gradients = native.layer_bwd(dy, saved, parameters, *ctx.numbers, *ctx.drops, float32_parts())
-        return None, None, *gradients
+        needed = any(ctx.needs_input_grad[3:])
+        dx, *rest = native.layer_bwd(dy, saved, parameters, *ctx.numbers, *ctx.drops, needed, float32_parts())
+        return None, None, dx, *(rest if needed else [None] * len(parameters))

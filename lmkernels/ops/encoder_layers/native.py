@@ -31,9 +31,10 @@ _library.LIBRARY.define(
     f"encoder_layer_fwd(Tensor x, Tensor[] parameters, {_CALL.format(eps='float eps, ')}int dtype, int parts=3)"
     " -> Tensor[]"
 )
-# of x, then of the parameters
+# of x, then, where needed, of the parameters
 _library.LIBRARY.define(
-    f"encoder_layer_bwd(Tensor dy, Tensor[] saved, Tensor[] parameters, {_CALL.format(eps='')}int parts=3) -> Tensor[]"
+    f"encoder_layer_bwd(Tensor dy, Tensor[] saved, Tensor[] parameters, {_CALL.format(eps='')}bool need_parameters, "
+    "int parts=3) -> Tensor[]"
 )
 _layers = torch.ops.lmkernels.encoder_layers.default
 layer_fwd = torch.ops.lmkernels.encoder_layer_fwd.default
@@ -69,7 +70,8 @@ def _(x, parameters, cu_seqlens, batch, max_seqlen, heads, *rest):
 
 @torch.library.register_fake("lmkernels::encoder_layer_bwd", lib=_library.LIBRARY)
 def _(dy, saved, parameters, *rest):
-    return [dy.new_empty(dy.shape), *(p.new_empty(p.shape) for p in parameters)]
+    need_parameters = rest[11]
+    return [dy.new_empty(dy.shape), *(p.new_empty(p.shape) for p in parameters if need_parameters)]
 
 
 def unsupported(x: Tensor, parameters: Sequence[Tensor | QuantizedWeight], heads: int) -> str | None:
