@@ -108,7 +108,7 @@ def encoder_layers(dtype: torch.dtype) -> Iterator[str]:
             bounds = {"cu_seqlens": torch.tensor([0, 2, 2, rows]), "max_seqlen": rows}
             layers.encoder_layers(torch.randn(rows, 36).to(dtype), given, 3, **bounds, backend="native")
     given = [p.requires_grad_() for p in parameters(None)]
-    for narrow in (False, True):
+    for narrow in (False, True) if dtype == torch.float32 else (False,):
         yield f"training, narrow={narrow}"
         for options in ({"batch": 2}, {"cu_seqlens": torch.tensor([0, 2, 2, 42]).int(), "max_seqlen": 40}):
             x = torch.randn(42, 36).to(dtype).requires_grad_()
