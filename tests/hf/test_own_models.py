@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import socket
 
 import pytest
 import torch
@@ -152,14 +151,14 @@ def step(model, x):
     torch.optim.SGD(model.parameters(), lr=0.1).step()
 
 
-def sharded_step(rank: int, port: int, folder: str) -> None:
+def sharded_step(rank: int, folder: str) -> None:
     """One of two processes: a step of FSDP2 on half of the batch, and a checkpoint of both."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     for make in (gpt, bert):
         model = make()
         for module in list(model.modules()):
@@ -176,10 +175,7 @@ def test_fsdp2_on_two_processes_is_one_process_and_its_checkpoint_loads_in_one(t
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_step, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(sharded_step, (str(tmp_path),), nprocs=2)
     for make in (gpt, bert):
         expected, loaded = make(), make()
         step(expected, ids())
