@@ -75,12 +75,12 @@ void run_tasks(int64_t count, int64_t scratch_bytes, double flops, const F& task
   }
   // where asking each other for the next task would take longer than to wait for an uneven share
   constexpr double kQuick = 1e7;
-  const int64_t share = flops < kQuick ? (count + threads - 1) / threads : 1;
+  const int64_t shares = flops < kQuick ? threads : count;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     void* scratch = thread_scratch(scratch_bytes);
-    for (int64_t first = next.fetch_add(share); first < count; first = next.fetch_add(share))
-      for (int64_t i = first; i < std::min(count, first + share); ++i) task(i, scratch);
+    for (int64_t share = next++; share < shares; share = next++)
+      for (int64_t i = share; i < count; i += shares) task(i, scratch);
   });
 }
 
