@@ -413,45 +413,36 @@ AttentionGradients run_attention_bwd(lmk::AttentionArgs& a, Sequences& sequences
   return {dq, dk, dv, dbias, dslopes, dsink};
 }
 
-AttentionGradients attention_gradients(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q_,
-                                       const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse,
-                                       const OptionalTensor& mask, const OptionalTensor& bias,
-                                       const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
-                                       const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
-                                       int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
-                                       bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
-                                       int64_t parts) {
-  const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
-  const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
-                                 left, right, scale,        softcap, dropout_p};
-  lmk::AttentionArgs a = attention_args(q, k, v, options, q.size(0), q.size(1), k.size(1));
-  Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
-  return run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes, need_dsink,
-                           deterministic, parts);
-}
-
-AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q,
-                                 const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+AttentionGradients attention_bwd(const OptionalTensor& dout, const OptionalTensor& dlse, const Tensor& q_,
+                                 const Tensor& k_, const Tensor& v_, const Tensor& out, const Tensor& lse,
                                  const OptionalTensor& mask, const OptionalTensor& bias,
                                  const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
                                  const OptionalTensor& kv_lengths, const OptionalTensor& seed, int64_t left,
                                  int64_t right, int64_t offset, double scale, double softcap, double dropout_p,
                                  bool need_dbias, bool need_dslopes, bool need_dsink, bool deterministic,
                                  int64_t parts) {
-  return filled(attention_gradients(dout, dlse, q, k, v, out, lse, mask, bias, alibi_slopes, sink, kv_lengths, seed,
-                                    left, right, offset, scale, softcap, dropout_p, need_dbias, need_dslopes,
-                                    need_dsink, deterministic, parts),
+  const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
+  const AttentionOptions options{mask, bias,  alibi_slopes, sink,    kv_lengths, seed,
+                                 left, right, scale,        softcap, dropout_p};
+  lmk::AttentionArgs a = attention_args(q, k, v, options, q.size(0), q.size(1), k.size(1));
+  Sequences sequences = batch_sequences(q, k, kv_lengths, offset);
+  return filled(run_attention_bwd(a, sequences, dout, dlse, q, k, v, out, lse, options, need_dbias, need_dslopes,
+                                  need_dsink, deterministic, parts),
                 q);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd_plain(const OptionalTensor& dout, const OptionalTensor& dlse,
-                                                       const Tensor& q, const Tensor& k, const Tensor& v,
+                                                       const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                                        const Tensor& out, const Tensor& lse, int64_t right,
                                                        int64_t offset, double scale, bool deterministic,
                                                        int64_t parts) {
-  const auto [dq, dk, dv, dbias, dslopes, dsink] =
-      attention_gradients(dout, dlse, q, k, v, out, lse, {}, {}, {}, {}, {}, {}, -1, right, offset, scale, 0, 0, false,
-                          false, false, deterministic, parts);
+  const Tensor q = dense(q_, 4), k = dense(k_, 4), v = dense(v_, 4);
+  const OptionalTensor none;
+  const AttentionOptions options{none, none, none, none, none, none, -1, right, scale, 0, 0};
+  lmk::AttentionArgs a = attention_args(q, k, v, options, q.size(0), q.size(1), k.size(1));
+  Sequences sequences = batch_sequences(q, k, none, offset);
+  const auto [dq, dk, dv, dbias, dslopes, dsink] = run_attention_bwd(
+      a, sequences, dout, dlse, q, k, v, out, lse, options, false, false, false, deterministic, parts);
   return {dq, dk, dv};
 }
 

@@ -211,8 +211,8 @@ std::vector<Tensor> encoder_layer_bwd(const Tensor& dy, std::vector<Tensor> save
       cu_seqlens ? attention_varlen_bwd(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed,
                                         *cu_seqlens, *cu_seqlens, max_seqlen, max_seqlen, -1, -1, scale, 0, attention_p,
                                         false, false, false, false, parts)
-                 : attention_gradients(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed, -1, -1,
-                                       0, scale, 0, attention_p, false, false, false, false, parts);
+                 : attention_bwd(dheads, {}, q, k, v, attended, lse, {}, {}, {}, {}, {}, attention_seed, -1, -1, 0,
+                                 scale, 0, attention_p, false, false, false, false, parts);
   Tensor dx = normed1[0];
   const std::array<Tensor, 3> dqkv{std::get<0>(inner), std::get<1>(inner), std::get<2>(inner)};
   for (int64_t i = kQuery; i <= kValue; ++i) {
