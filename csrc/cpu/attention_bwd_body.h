@@ -68,6 +68,21 @@ T dot_rows(DType dtype, const void* x, const void* y, int64_t n) {
   return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
 }
 
+// Calls act(r, row) for all rows of a key head in their order, and fetch(row) some rows earlier.
+template <class Fetch, class Act>
+[[gnu::always_inline]] inline void each_row(const AttentionArgs& a, const KeyHead& head, Fetch fetch, Act act) {
+  Row row;
+  for (int64_t r = -kRowsAhead; r < head.rows; ++r) {
+    if (r + kRowsAhead < head.rows) {
+      rows_of(a, head, r + kRowsAhead, 1, &row);
+      fetch(row);
+    }
+    if (r < 0) continue;
+    rows_of(a, head, r, 1, &row);
+    act(r, row);
+  }
+}
+
 // rowsum(dout * out) - dlse of one row
 template <class T>
 T delta_of(const AttentionArgs& a, const KeyHead& head, const Row& row) {
@@ -102,6 +117,20 @@ void grad_keys(const AttentionArgs& a, const KeyHead& head, const GradScratch<M>
   pack_columns<M>(a.dtype, rows, n, a.head_dim, w.k_columns, w.buffer);
 }
 
+// Q K^T and dO V^T of rows r0 .. r0 + n in w.s and w.dp, columns of the span.
+template <class M>
+void score_products(const AttentionArgs& a, const GradScratch<M>& w, int64_t r0, int64_t n, Span span) {
+  constexpr int64_t kPanel = panel_of<M>();
+  const int64_t vecs = (span.end - span.begin) / M::V::kLanes, first = r0 * kBwdKeys + span.begin;
+  const int64_t q_depth = w.depth(a.head_dim), v_depth = w.depth(a.head_dim_v);
+  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, w.k_columns + span.begin * q_depth, kPanel, kPanel * q_depth,
+                        w.s + first, kBwdKeys, q_depth, nullptr},
+                       n, vecs);
+  gemm<M, Start::zero>({w.dout + r0 * w.v_ld, w.v_ld, 1, w.v_columns + span.begin * v_depth, kPanel, kPanel * v_depth,
+                        w.dp + first, kBwdKeys, v_depth, nullptr},
+                       n, vecs);
+}
+
 // P (after dropout) and dS of rows r0 .. r0 + n in w.s and w.dp, columns of the span, from their lse and delta. dslopes
 // (group,) and ddistance (group, distances) are added to, or null; score_gradient says that dS is wanted with respect
 // to the score, after the soft cap.
@@ -111,17 +140,11 @@ void grad_scores(const AttentionArgs& a, const KeyHead& head, const GradScratch<
                  double* dslopes, double* ddistance, bool score_gradient) {
   using T = typename M::Acc;
   using V = typename M::V;
-  constexpr int64_t kLanes = V::kLanes, kPanel = panel_of<M>();
+  constexpr int64_t kLanes = V::kLanes;
   const int64_t width = span.end - span.begin, first_key = j0 + span.begin;
-  const int64_t q_depth = w.depth(a.head_dim), v_depth = w.depth(a.head_dim_v);
   T* s_rows = w.s + r0 * kBwdKeys + span.begin;
   T* dp_rows = w.dp + r0 * kBwdKeys + span.begin;
-  gemm<M, Start::zero>({w.q + r0 * w.q_ld, w.q_ld, 1, w.k_columns + span.begin * q_depth, kPanel, kPanel * q_depth,
-                        s_rows, kBwdKeys, q_depth, nullptr},
-                       n, width / kLanes);
-  gemm<M, Start::zero>({w.dout + r0 * w.v_ld, w.v_ld, 1, w.v_columns + span.begin * v_depth, kPanel, kPanel * v_depth,
-                        dp_rows, kBwdKeys, v_depth, nullptr},
-                       n, width / kLanes);
+  score_products<M>(a, w, r0, n, span);
   const V factor = V::set1(T(exponent_factor(a)));
   for (int64_t r = 0; r < n; ++r) {
     const Row& row = rows[r0 + r];
@@ -203,6 +226,83 @@ int64_t bwd_scratch(const AttentionArgs& a) {
   return BwdScratch<M>::make(a, nullptr).bytes;
 }
 
+#if LMK_BF16_DOT
+// A row of scores and of dP, of which P and dS are made.
+struct GradRow {
+  const float *s, *dp;
+  float shift, delta;  // -lse log2 e
+  uint32_t* ds;        // dS as pairs of keys
+};
+
+// P and dS of two rows as pairs of rows, p and ds (width,), and dS of each as pairs of keys. factor has log2 e in it.
+inline void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width, float factor, uint32_t* p,
+                          uint32_t* ds) {
+  using V = Vec<float>;
+  alignas(64) static constexpr uint16_t kPairs[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i first = _mm512_load_si512(kPairs[0]), second = _mm512_load_si512(kPairs[1]);
+  const auto narrow = [](V low, V high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); };
+  for (int64_t j = 0; j < width; j += 32) {
+    const bool both = j + 16 < width;
+    __m512i p_rows[2], ds_rows[2];
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+      const GradRow& row = r == 0 ? even : odd;
+      const V f = V::set1(factor), shift = V::set1(row.shift), delta = V::set1(row.delta);
+      const int64_t next = both ? j + 16 : j;
+      const V low = exp2_bf16(fma(V::load(row.s + j), f, shift));
+      const V high = exp2_bf16(fma(V::load(row.s + next), f, shift));
+      p_rows[r] = narrow(low, high);
+      ds_rows[r] = narrow(low * (V::load(row.dp + j) - delta), high * (V::load(row.dp + next) - delta));
+    }
+    _mm512_storeu_si512(p + j, _mm512_permutex2var_epi16(p_rows[0], first, p_rows[1]));
+    _mm512_storeu_si512(ds + j, _mm512_permutex2var_epi16(ds_rows[0], first, ds_rows[1]));
+    if (both) {
+      _mm512_storeu_si512(p + j + 16, _mm512_permutex2var_epi16(p_rows[0], second, p_rows[1]));
+      _mm512_storeu_si512(ds + j + 16, _mm512_permutex2var_epi16(ds_rows[0], second, ds_rows[1]));
+      _mm512_storeu_si512(even.ds + j / 2, ds_rows[0]);
+      _mm512_storeu_si512(odd.ds + j / 2, ds_rows[1]);
+    } else {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(even.ds + j / 2), _mm512_castsi512_si256(ds_rows[0]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd.ds + j / 2), _mm512_castsi512_si256(ds_rows[1]));
+    }
+  }
+}
+// P and dS of rows r0 .. r0 + n in w.p_depth, w.ds_depth and w.ds, columns of the span, and zeros in the rest of all.
+inline void grad_pairs(const AttentionArgs& a, const KeyHead& head, const BwdScratch<MathBf16>& w, const Row* rows,
+                       int64_t r0, const float* lse, const float* delta, int64_t n, int64_t j0, Span span, Span all) {
+  const int64_t width = span.end - span.begin;
+  if (width > 0) score_products<MathBf16>(a, w, r0, n, span);
+  const float factor = float(exponent_factor(a) * kLog2e);
+  const auto row_of = [&](int64_t r) {
+    float* s = w.s + r * kBwdKeys + span.begin;
+    finish_scores<float>(a, head, rows[r], j0 + span.begin, width, s, nullptr);
+    return GradRow{s, w.dp + r * kBwdKeys + span.begin, -lse[r] * float(kLog2e), delta[r],
+                   w.ds + (r * kBwdKeys + span.begin) / 2};
+  };
+  for (int64_t r = r0; r < r0 + n; r += 2) {
+    const int64_t to = r / 2 * kBwdKeys;
+    for (uint32_t* x : {w.p_depth + to, w.ds_depth + to}) {
+      for (int64_t c = all.begin; c < span.begin; ++c) x[c] = 0;
+      for (int64_t c = span.end; c < all.end; ++c) x[c] = 0;
+    }
+    if (width == 0) continue;
+    const GradRow even = row_of(r);
+    GradRow odd = even;
+    if (r + 1 < r0 + n) {
+      odd = row_of(r + 1);
+    } else {  // no such row
+      odd.shift = -std::numeric_limits<float>::infinity();
+      odd.ds += kBwdKeys / 2;
+    }
+    grad_row_pair(even, odd, width, factor, w.p_depth + to + span.begin, w.ds_depth + to + span.begin);
+  }
+}
+#endif
+
 // The gradients of the block's rows against the block's keys: w.dq, w.dk and w.dv are added to.
 template <class M>
 void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>& w, int64_t first_row, int64_t n,
@@ -215,11 +315,26 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
   if (all.empty()) return;
   grad_rows<M>(a, head, w, rows, n);
   T* dq = w.dq + first_row * w.q_wide;
+  const auto product_of = [&](Span span, int64_t r0, int64_t count) {  // dS K
+    if (span.empty()) return;
+    gemm<M, Start::add>(
+        {w.ds + (r0 * kBwdKeys + span.begin) / kPack, kBwdKeys / kPack, 1, w.k_rows + span.begin / kPack * w.q_wide,
+         w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide, (span.end - span.begin) / kPack, nullptr},
+        count, w.q_wide / kLanes);
+  };
+  [[maybe_unused]] const bool in_pairs = a.dropout_p == 0 && a.softcap == 0 && !dslopes && !ddistance;
   for (int64_t r0 = 0; r0 < n; r0 += kGradRows<M>) {
     const int64_t count = n - r0 < kGradRows<M> ? n - r0 : kGradRows<M>;
     for (int64_t r = 0; r < count; ++r) ahead.step(a);
     Span span = visible_span<M>(rows + r0, count, j0, round_up(block, kColumnUnit<M>));
     if (span.empty()) span = {all.begin, all.begin};
+    if constexpr (kPack == 2 && !kByTiles<M>) {
+      if (in_pairs) {
+        grad_pairs(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, all);
+        product_of(span, r0, count);
+        continue;
+      }
+    }
     if (!span.empty())
       grad_scores<M>(a, head, w, rows, r0, w.lse + first_row, w.delta + first_row, count, j0, span, dslopes, ddistance,
                      false);
@@ -241,11 +356,7 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
       for (int64_t r = r0; r < r0 + count; ++r)
         M::pack_row(w.dp + r * kBwdKeys + all.begin, width, w.ds + (r * kBwdKeys + all.begin) / 2);
     }
-    if (!span.empty())
-      gemm<M, Start::add>(
-          {w.ds + (r0 * kBwdKeys + span.begin) / kPack, kBwdKeys / kPack, 1, w.k_rows + span.begin / kPack * w.q_wide,
-           w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide, (span.end - span.begin) / kPack, nullptr},
-          count, w.q_wide / kLanes);
+    product_of(span, r0, count);
   }
   if constexpr (kPack == 2) {
     const void* sources[kBwdRows];
@@ -277,11 +388,18 @@ void store_keys(const AttentionArgs& a, const KeyHead& head, int64_t j0, int64_t
                 const T* dv, int64_t dv_ld) {
   const int64_t bytes = element_size(a.dtype);
   T scaled[256];
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t at_key = key_number(a, head, j0 + j);
+  const auto row = [&](void* x, int64_t j, int64_t dim) {
+    return static_cast<char*>(x) + key_number(a, head, j0 + j) * dim * bytes;
+  };
+  for (int64_t j = -kRowsAhead; j < n; ++j) {
+    if (j + kRowsAhead < n) {
+      prefetch_out(row(a.dk, j + kRowsAhead, a.head_dim), a.head_dim * bytes);
+      prefetch_out(row(a.dv, j + kRowsAhead, a.head_dim_v), a.head_dim_v * bytes);
+    }
+    if (j < 0) continue;
     for (int64_t c = 0; c < a.head_dim; ++c) scaled[c] = dk[j * dk_ld + c] * T(a.scale);
-    store_row(a.dtype, scaled, a.head_dim, static_cast<char*>(a.dk) + at_key * a.head_dim * bytes);
-    store_row(a.dtype, dv + j * dv_ld, a.head_dim_v, static_cast<char*>(a.dv) + at_key * a.head_dim_v * bytes);
+    store_row(a.dtype, scaled, a.head_dim, row(a.dk, j, a.head_dim));
+    store_row(a.dtype, dv + j * dv_ld, a.head_dim_v, row(a.dv, j, a.head_dim_v));
   }
 }
 
@@ -291,14 +409,21 @@ T* dq_part(const AttentionArgs& a, const KeyHead& head, int64_t part, int64_t wi
   return static_cast<T*>(a.dq_partial) + (head.rows_before + (head.hk * head.parts + part) * head.rows) * wide;
 }
 
-// dq of row r of a key head from its sum, which is scaled.
-template <class T>
-void store_query(const AttentionArgs& a, const KeyHead& head, int64_t r, T* sum) {
-  Row row;
-  rows_of(a, head, r, 1, &row);
-  for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
-  const int64_t at_q = query_number(a, head, row) * a.head_dim;
-  store_row(a.dtype, sum, a.head_dim, static_cast<char*>(a.dq) + at_q * element_size(a.dtype));
+inline char* dq_row(const AttentionArgs& a, const KeyHead& head, const Row& row) {
+  return static_cast<char*>(a.dq) + query_number(a, head, row) * a.head_dim * element_size(a.dtype);
+}
+
+// dq of all rows of a key head: sum_of(r) is the sum of row r, which is scaled.
+template <class SumOf>
+void store_queries(const AttentionArgs& a, const KeyHead& head, SumOf sum_of) {
+  each_row(
+      a, head, [&](const Row& row) { prefetch_out(dq_row(a, head, row), a.head_dim * element_size(a.dtype)); },
+      [&](int64_t r, const Row& row) {
+        auto* sum = sum_of(r);
+        using T = std::remove_reference_t<decltype(*sum)>;
+        for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= T(a.scale);
+        store_row(a.dtype, sum, a.head_dim, dq_row(a, head, row));
+      });
 }
 
 template <class M>
@@ -319,16 +444,20 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   double* dsink =
       a.dsink_partial && task.part == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
-  Row row;
-  for (int64_t r = 0; r < head.rows; ++r) {
-    rows_of(a, head, r, 1, &row);
-    w.lse[r] = lse_of<T>(a, head, row);
-    w.delta[r] = delta_of<T>(a, head, row);
-    if (dsink) {
-      const T sink = reinterpret_cast<const T*>(a.sink)[row.h];
-      dsink[r / head.seq_q] -= exp_one(sink - w.lse[r]) * w.delta[r];
-    }
-  }
+  const int64_t bytes_v = a.head_dim_v * element_size(a.dtype);
+  each_row(
+      a, head,
+      [&](const Row& row) {
+        prefetch_row(query_row(a, a.dout, head, row), bytes_v);
+        prefetch_row(out_row(a, head, row), bytes_v);
+      },
+      [&](int64_t r, const Row& row) {
+        w.lse[r] = lse_of<T>(a, head, row);
+        w.delta[r] = delta_of<T>(a, head, row);
+        if (!dsink) return;
+        const T sink = reinterpret_cast<const T*>(a.sink)[row.h];
+        dsink[r / head.seq_q] -= exp_one(sink - w.lse[r]) * w.delta[r];
+      });
 
   const void* sources[kBwdKeys];
   for (int64_t j0 = task.part * kBwdKeys; j0 < head.seq_k; j0 += head.parts * kBwdKeys) {
@@ -347,7 +476,7 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }
-  for (int64_t r = 0; head.parts == 1 && r < head.rows; ++r) store_query(a, head, r, w.dq + r * w.q_wide);
+  if (head.parts == 1) store_queries(a, head, [&](int64_t r) { return w.dq + r * w.q_wide; });
 }
 
 // dq of one key head, the sum over the parts in their order.
@@ -357,12 +486,12 @@ void bwd_finish(const AttentionArgs& a, const AttentionTask& task) {
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t wide = round_up(a.head_dim, M::V::kLanes), step = head.rows * wide;
   T* partial = dq_part<T>(a, head, 0, wide);
-  for (int64_t r = 0; r < head.rows; ++r) {
+  store_queries(a, head, [&](int64_t r) {
     T* sum = partial + r * wide;
     for (int64_t part = 1; part < head.parts; ++part)
       for (int64_t c = 0; c < a.head_dim; ++c) sum[c] += sum[part * step + c];
-    store_query(a, head, r, sum);
-  }
+    return sum;
+  });
 }
 
 // Gradient of the bias: a task owns a block of the bias and recomputes dS for every head, row and key that reads it, so

@@ -318,17 +318,16 @@ void bwd_by_tiles(const AttentionArgs& a, const AttentionTask& task, const Atten
 
   const int64_t wide = round_up(a.head_dim, Vec<float>::kLanes);
   float turned[kTileSide * 256];
-  for (int64_t r0 = 0; r0 < head.rows; r0 += kTileSide) {
-    const float* sum = w.dq + r0 / kSide * w.q_wide * kSide;
-    turn_out(sum, r0 % kSide / kTileSide, w.q_wide, turned);
-    for (int64_t r = r0; r < head.rows && r < r0 + kTileSide; ++r) {
-      float* row = turned + (r - r0) * w.q_wide;
-      if (head.parts == 1)
-        store_query(a, head, r, row);
-      else
-        memcpy(dq_part<float>(a, head, task.part, wide) + r * wide, row, size_t(wide) * sizeof(float));
-    }
-  }
+  const auto sum_of = [&](int64_t r) {
+    const int64_t in_tile = r % kTileSide, r0 = r - in_tile;
+    if (in_tile == 0) turn_out(w.dq + r0 / kSide * w.q_wide * kSide, r0 % kSide / kTileSide, w.q_wide, turned);
+    return turned + in_tile * w.q_wide;
+  };
+  if (head.parts == 1)
+    store_queries(a, head, sum_of);
+  else
+    for (int64_t r = 0; r < head.rows; ++r)
+      memcpy(dq_part<float>(a, head, task.part, wide) + r * wide, sum_of(r), size_t(wide) * sizeof(float));
 }
 
 }  // namespace

@@ -138,6 +138,12 @@ inline void key_rows(const AttentionArgs& a, const Heads& x, const KeyHead& head
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }
 
+// What will be stored to soon, for writing.
+[[gnu::always_inline]] inline void prefetch_out(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 1);
+}
+constexpr int64_t kRowsAhead = 16;  // of rows that are gone through one by one
+
 // Brings the first rows of the next task into the L2 cache, a token at a time, while this one computes: tasks of short
 // sequences would spend a third of their time waiting for memory.
 class Ahead {
