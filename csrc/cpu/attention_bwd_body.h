@@ -366,7 +366,6 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
     pack_depth<M>(a.dtype, sources, n, a.head_dim_v, w.dout_depth, w.v_wide);
   }
   int64_t depth = (n + kPack - 1) / kPack;
-  const int64_t keys = all.end - all.begin;
   if constexpr (kByTiles<M>)  // whole tiles of the depth
     for (; depth % kTileSide != 0; ++depth) {
       memset(w.p_depth + depth * kBwdKeys, 0, kBwdKeys * sizeof(w.p_depth[0]));
@@ -374,12 +373,27 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
       memset(w.q_depth + depth * w.q_wide, 0, size_t(w.q_wide) * sizeof(w.q_depth[0]));
       memset(w.dout_depth + depth * w.v_wide, 0, size_t(w.v_wide) * sizeof(w.dout_depth[0]));
     }
-  gemm<M, Start::add>({w.p_depth + all.begin, 1, kBwdKeys, w.dout_depth, w.v_wide, kPanel, w.dv + all.begin * w.v_wide,
-                       w.v_wide, depth, nullptr},
-                      keys, w.v_wide / kLanes);
-  gemm<M, Start::add>({w.ds_depth + all.begin, 1, kBwdKeys, w.q_depth, w.q_wide, kPanel, w.dk + all.begin * w.q_wide,
-                       w.q_wide, depth, nullptr},
-                      keys, w.q_wide / kLanes);
+  for (int64_t key = all.begin; key < all.end;) {
+    // the first rows may see nothing of the last keys (of a causal triangle)
+    int64_t skip = 0, end = all.end;
+    if constexpr (!kByTiles<M>) {
+      const auto last_seen = [&](int64_t at) {
+        int64_t hi = 0;
+        for (int64_t r = at * kPack; r < n && r < (at + 1) * kPack; ++r) hi = rows[r].hi > hi ? rows[r].hi : hi;
+        return hi - j0;
+      };
+      while (skip + 1 < depth && last_seen(skip) <= key) ++skip;
+      const int64_t seen = skip == 0 ? round_up(last_seen(0) - key, kTileRows) : 2 * kTileRows;
+      if (seen > 0 && key + seen < end) end = key + seen;
+    }
+    gemm<M, Start::add>({w.p_depth + skip * kBwdKeys + key, 1, kBwdKeys, w.dout_depth + skip * w.v_wide, w.v_wide,
+                         kPanel, w.dv + key * w.v_wide, w.v_wide, depth - skip, nullptr},
+                        end - key, w.v_wide / kLanes);
+    gemm<M, Start::add>({w.ds_depth + skip * kBwdKeys + key, 1, kBwdKeys, w.q_depth + skip * w.q_wide, w.q_wide, kPanel,
+                         w.dk + key * w.q_wide, w.q_wide, depth - skip, nullptr},
+                        end - key, w.q_wide / kLanes);
+    key = end;
+  }
 }
 
 // dk and dv of a block, scaled and rounded.
@@ -444,12 +458,21 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   double* dsink =
       a.dsink_partial && task.part == 0 ? a.dsink_partial + head.b * a.heads + head.hk * head.group : nullptr;
   for (int64_t g = 0; dsink && g < head.group; ++g) dsink[g] = 0;
-  const int64_t bytes_v = a.head_dim_v * element_size(a.dtype);
+  const int64_t bytes = a.head_dim * element_size(a.dtype), bytes_v = a.head_dim_v * element_size(a.dtype);
+  // the keys of the next block, or the first one, come into the L2 cache a few at a time
+  int64_t fetched = task.part * kBwdKeys;
+  const auto fetch_key = [&](int64_t end) {
+    if (fetched >= end || fetched >= head.keys) return;
+    prefetch_row(key_row(a, a.k, head, fetched), bytes);
+    prefetch_row(key_row(a, a.v, head, fetched++), bytes_v);
+  };
   each_row(
       a, head,
       [&](const Row& row) {
+        prefetch_row(query_row(a, a.q, head, row), bytes);
         prefetch_row(query_row(a, a.dout, head, row), bytes_v);
         prefetch_row(out_row(a, head, row), bytes_v);
+        fetch_key((task.part + 1) * kBwdKeys);
       },
       [&](int64_t r, const Row& row) {
         w.lse[r] = lse_of<T>(a, head, row);
@@ -470,9 +493,14 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
       pack_depth<M>(a.dtype, sources, block, a.head_dim, w.k_rows, w.q_wide);
       const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
       for (int64_t i = packed; i < round_up(block, kColumnUnit<M>) / M::kPack * w.q_wide; ++i) w.k_rows[i] = 0;
-      for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows)
+      const int64_t following = j0 + head.parts * kBwdKeys;
+      const int64_t per_block = (kBwdKeys * kBwdRows + head.rows - 1) / head.rows;
+      fetched = following;
+      for (int64_t r0 = 0; r0 < head.rows; r0 += kBwdRows) {
+        for (int64_t j = 0; j < per_block; ++j) fetch_key(following + kBwdKeys);
         bwd_block<M>(a, head, w, r0, head.rows - r0 < kBwdRows ? head.rows - r0 : kBwdRows, j0, block, dslopes,
                      ddistance, ahead);
+      }
     }
     store_keys<T>(a, head, j0, stored, w.dk, w.q_wide, w.dv, w.v_wide);
   }

@@ -52,17 +52,17 @@ T row_max(const T* s, int64_t n) {
 // weights_row, with the weights as pairs in p (n / 2,) instead.
 inline float weight_pairs_row(const float* s, int64_t n, float factor, float shift, uint32_t* p) {
   using V = Vec<float>;
-  const V f = V::set1(factor), c = V::set1(shift);
+  const V f = V::set1(factor * float(kLog2e)), c = V::set1(shift * float(kLog2e));
   V sum_even = V::zero(), sum_odd = V::zero();
   int64_t j = 0;
   for (; j + 32 <= n; j += 32) {
-    const V even = MathBf16::exp(fma(V::load(s + j), f, c)), odd = MathBf16::exp(fma(V::load(s + j + 16), f, c));
+    const V even = exp2_bf16(fma(V::load(s + j), f, c)), odd = exp2_bf16(fma(V::load(s + j + 16), f, c));
     MathBf16::store_pairs(even, odd, p + j / 2);
     sum_even = sum_even + even;
     sum_odd = sum_odd + odd;
   }
   if (j < n) {
-    const V even = MathBf16::exp(fma(V::load(s + j), f, c));
+    const V even = exp2_bf16(fma(V::load(s + j), f, c));
     MathBf16::store_pairs(even, p + j / 2);
     sum_even = sum_even + even;
   }
