@@ -488,7 +488,7 @@ void bwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
     const int64_t block = head.keys - j0 < stored ? head.keys - j0 : stored;
     memset(w.dk, 0, size_t(round_up(stored, M::V::kLanes) * w.q_wide) * sizeof(T));
     memset(w.dv, 0, size_t(round_up(stored, M::V::kLanes) * w.v_wide) * sizeof(T));
-    if (block > 0) {
+    if (block > 0 && head.rows > 0) {
       grad_keys<M>(a, head, w, j0, block, sources);
       pack_depth<M>(a.dtype, sources, block, a.head_dim, w.k_rows, w.q_wide);
       const int64_t packed = (block + M::kPack - 1) / M::kPack * w.q_wide;
