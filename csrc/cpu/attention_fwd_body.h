@@ -254,15 +254,33 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   const KeyHead head = key_head(a, task.sequence, task.head_kv);
   const int64_t first_row = task.part * head.share;
   const int64_t n = head.rows - first_row < head.share ? head.rows - first_row : head.share;
+  if (n == 0) return;
   const FwdScratch<M> w(a, scratch);
   Ahead ahead(a, next);
 
   rows_of(a, head, first_row, n, w.rows);
+  const int64_t bytes = a.head_dim * element_size(a.dtype), bytes_v = a.head_dim_v * element_size(a.dtype);
+  int64_t fetched = 0;  // key
+  const auto fetch_keys = [&](int64_t count, int64_t end) {
+    for (; count > 0 && fetched < end; --count, ++fetched) {
+      prefetch_row(key_row(a, a.k, head, fetched), bytes);
+      prefetch_row(key_row(a, a.v, head, fetched), bytes_v);
+    }
+  };
+  // of a block, for each group of rows: all of them together fetch a whole block
+  const int64_t per_group = (kFwdKeys * kFwdRows<M> + n - 1) / n;
+  const auto end_of = [&](int64_t j0, int64_t hi) { return j0 + kFwdKeys < hi ? j0 + kFwdKeys : hi; };
+  fetched = w.rows[0].lo / kFwdKeys * kFwdKeys;
+  const int64_t end_of_first = end_of(fetched, w.rows[n - 1].hi);
+
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
   for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
     const int64_t count = n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>;
     const Row* group = w.rows + r0;
     const void* queries[kFwdRows<M>];
+    for (int64_t r = r0 + kRowsAhead; r < r0 + kRowsAhead + kFwdRows<M> && r < n; ++r)
+      prefetch_row(query_row(a, a.q, head, w.rows[r]), bytes);
+    fetch_keys(per_group, end_of_first);
     for (int64_t r = 0; r < count; ++r) {
       queries[r] = query_row(a, a.q, head, group[r]);
       w.m[r0 + r] = -std::numeric_limits<T>::infinity();
@@ -286,17 +304,13 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
     const int64_t padded = round_up(block, kColumnUnit<M>) / M::kPack * w.o_ld;
     for (int64_t i = packed; i < padded; ++i) w.v[i] = 0;
     // the next block comes into the L2 cache while this one is worked on, a few rows per group
-    const int64_t following = j0 + kFwdKeys, end = following + kFwdKeys < hi ? following + kFwdKeys : hi;
-    const int64_t per_group = (kFwdKeys * kFwdRows<M> + n - 1) / n;
-    int64_t fetched = following;
+    const int64_t following = j0 + kFwdKeys, end = end_of(following, hi);
+    fetched = following;
     for (int64_t r0 = 0; r0 < n; r0 += kFwdRows<M>) {
-      for (int64_t j = 0; j < per_group && fetched < end; ++j, ++fetched) {
-        prefetch_row(key_row(a, a.k, head, fetched), a.head_dim * element_size(a.dtype));
-        prefetch_row(key_row(a, a.v, head, fetched), a.head_dim_v * element_size(a.dtype));
-      }
+      fetch_keys(per_group, end);
       // where the rows of this group will be written
       for (int64_t r = r0; following >= hi && r < r0 + kFwdRows<M> && r < n; ++r)
-        prefetch_row(out_row(a, head, w.rows[r]), a.head_dim_v * element_size(a.dtype));
+        prefetch_row(out_row(a, head, w.rows[r]), bytes_v);
       fwd_group<M>(a, head, w, r0, n - r0 < kFwdRows<M> ? n - r0 : kFwdRows<M>, j0, block, ahead);
     }
   }
