@@ -260,7 +260,7 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
 
   rows_of(a, head, first_row, n, w.rows);
   const int64_t bytes = a.head_dim * element_size(a.dtype), bytes_v = a.head_dim_v * element_size(a.dtype);
-  int64_t fetched = 0;  // key
+  int64_t fetched = w.rows[0].lo / kFwdKeys * kFwdKeys;  // keys before it have been
   const auto fetch_keys = [&](int64_t count, int64_t end) {
     for (; count > 0 && fetched < end; --count, ++fetched) {
       prefetch_row(key_row(a, a.k, head, fetched), bytes);
@@ -270,7 +270,6 @@ void fwd(const AttentionArgs& a, const AttentionTask& task, const AttentionTask*
   // of a block, for each group of rows: all of them together fetch a whole block
   const int64_t per_group = (kFwdKeys * kFwdRows<M> + n - 1) / n;
   const auto end_of = [&](int64_t j0, int64_t hi) { return j0 + kFwdKeys < hi ? j0 + kFwdKeys : hi; };
-  fetched = w.rows[0].lo / kFwdKeys * kFwdKeys;
   const int64_t end_of_first = end_of(fetched, w.rows[n - 1].hi);
 
   int64_t lo = INT64_MAX, hi = 0;  // keys that any of the rows sees
