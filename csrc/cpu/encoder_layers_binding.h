@@ -14,6 +14,16 @@ struct LayerReader {
   }
 };
 
+// Whether a weight is better read where it lies, once for some rows of x at a time, than packed: of linear's 32 rows,
+// at which decoding relies on it to change, and of more where that was measured. AVX2 converts 16 bits for each of
+// them.
+bool reads_in_place(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kMostRows = 64;
+  const bool is_wide = lmk::isa() == lmk::Isa::avx512 || lmk::isa() == lmk::Isa::avx512bf16;
+  const bool takes_more = is_wide || (lmk::isa() == lmk::Isa::avx2 && x.scalar_type() == ScalarType::Float);
+  return is_skinny(x, weight) || (takes_more && x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type());
+}
+
 // A weight, or the bytes and scales of one, and its bias.
 struct Dense {
   const Tensor &weight, &scales, &bias;
@@ -26,6 +36,7 @@ struct Dense {
   bool quantized() const { return &scales != &weight; }
   // activation(x weight^T + bias) + residual
   Tensor operator()(const Tensor& x, const OptionalTensor& residual, int64_t activation, int64_t parts) const {
+    if (!quantized() && reads_in_place(x, weight)) return skinny_linear_fwd(x, weight, bias, residual, activation);
     if (!quantized()) return std::get<0>(linear_fwd(x, weight, bias, residual, {}, activation, false, parts));
     const int64_t bits = scales.scalar_type() == ScalarType::BFloat16 ? 4 : 8;
     return quantized_linear_fwd(x, weight, scales, bias.numel(), bits, bias, residual, activation);
@@ -39,7 +50,7 @@ std::array<Tensor, 3> project_thrice(const Tensor& x, const std::array<Dense, 3>
   std::array<Tensor, 3> outs{x, x, x};
   for (size_t i = 0; i < 3; ++i) {
     const Dense& layer = layers[i];
-    if (layer.quantized() || is_skinny(x, layer.weight) || !is_dense_matrix(layer.weight)) {
+    if (layer.quantized() || reads_in_place(x, layer.weight) || !is_dense_matrix(layer.weight)) {
       outs[i] = layer(x, {}, kNone, parts);
       continue;
     }
