@@ -14,16 +14,6 @@ struct LayerReader {
   }
 };
 
-// Whether a weight is better read where it lies, once for some rows of x at a time, than packed: of linear's 32 rows,
-// at which decoding relies on it to change, and of more where that was measured. AVX2 converts 16 bits for each of
-// them.
-bool reads_in_place(const Tensor& x, const Tensor& weight) {
-  constexpr int64_t kMostRows = 64;
-  const bool is_wide = lmk::isa() == lmk::Isa::avx512 || lmk::isa() == lmk::Isa::avx512bf16;
-  const bool takes_more = is_wide || (lmk::isa() == lmk::Isa::avx2 && x.scalar_type() == ScalarType::Float);
-  return is_skinny(x, weight) || (takes_more && x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type());
-}
-
 // A weight, or the bytes and scales of one, and its bias.
 struct Dense {
   const Tensor &weight, &scales, &bias;
@@ -36,7 +26,6 @@ struct Dense {
   bool quantized() const { return &scales != &weight; }
   // activation(x weight^T + bias) + residual
   Tensor operator()(const Tensor& x, const OptionalTensor& residual, int64_t activation, int64_t parts) const {
-    if (!quantized() && reads_in_place(x, weight)) return skinny_linear_fwd(x, weight, bias, residual, activation);
     if (!quantized()) return std::get<0>(linear_fwd(x, weight, bias, residual, {}, activation, false, parts));
     const int64_t bits = scales.scalar_type() == ScalarType::BFloat16 ? 4 : 8;
     return quantized_linear_fwd(x, weight, scales, bias.numel(), bits, bias, residual, activation);
@@ -50,7 +39,7 @@ std::array<Tensor, 3> project_thrice(const Tensor& x, const std::array<Dense, 3>
   std::array<Tensor, 3> outs{x, x, x};
   for (size_t i = 0; i < 3; ++i) {
     const Dense& layer = layers[i];
-    if (layer.quantized() || reads_in_place(x, layer.weight) || !is_dense_matrix(layer.weight)) {
+    if (layer.quantized() || is_skinny(x, layer.weight) || !is_dense_matrix(layer.weight)) {
       outs[i] = layer(x, {}, kNone, parts);
       continue;
     }
@@ -79,6 +68,15 @@ Tensor join_heads(const Tensor& x, int64_t tokens) {
   return torch::stable::view(x, {sizes.data(), sizes.size()});
 }
 
+// Whether a weight is better read where it lies, once for some rows of x at a time, than packed: up to linear's 32 rows,
+// a bound that decoding relies on, and for more where that was measured. AVX2 would convert 16 bits again for each few.
+bool reads_in_place(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kMostRows = 64;
+  const bool is_wide = lmk::isa() == lmk::Isa::avx512 || lmk::isa() == lmk::Isa::avx512bf16;
+  const bool takes_more = is_wide || (lmk::isa() == lmk::Isa::avx2 && x.scalar_type() == ScalarType::Float);
+  return is_skinny(x, weight) || (takes_more && x.size(0) <= kMostRows && weight.scalar_type() == x.scalar_type());
+}
+
 // x (b, s, d_model), or (t, d_model) with cu_seqlens, through layers that normalise what they have added. parameters:
 // of each layer those of query, key, value, output, norm, up, down and norm; a quantised weight is its bytes and
 // scales.
@@ -93,9 +91,18 @@ Tensor encoder_layers(const Tensor& x_, std::vector<Tensor> parameters, const Op
   const std::array<int64_t, 2> packed{tokens, width};
   Tensor x = torch::stable::view(torch::stable::contiguous(x_), {packed.data(), packed.size()});
   LayerReader reader{parameters};
+  const auto product = [&](const Dense& layer, const Tensor& y, const OptionalTensor& residual, int64_t activation) {
+    return !layer.quantized() && reads_in_place(y, layer.weight)
+               ? skinny_linear_fwd(y, layer.weight, layer.bias, residual, activation)
+               : layer(y, residual, activation, parts);
+  };
   while (reader.used < parameters.size()) {
     const std::array<Dense, 3> in{Dense::read(reader), Dense::read(reader), Dense::read(reader)};
-    const std::array<Tensor, 3> qkv = project_thrice(x, in, parts);
+    const bool in_place = !in[0].quantized() && reads_in_place(x, in[0].weight);
+    const std::array<Tensor, 3> qkv =
+        in_place ? std::array<Tensor, 3>{product(in[0], x, {}, kNone), product(in[1], x, {}, kNone),
+                                         product(in[2], x, {}, kNone)}
+                 : project_thrice(x, in, parts);
     const auto split = [&](const Tensor& y) { return split_heads(y, heads, cu_seqlens.has_value(), batch); };
     const Tensor q = split(qkv[0]), k = split(qkv[1]), v = split(qkv[2]);
     const Tensor out = cu_seqlens
@@ -106,10 +113,10 @@ Tensor encoder_layers(const Tensor& x_, std::vector<Tensor> parameters, const Op
       const Tensor &weight = reader.next(), &bias = reader.next();
       return norm_fwd(y, {}, weight, bias, eps, true, false)[0];
     };
-    const Tensor after_attention = Dense::read(reader)(join_heads(out, tokens), x, kNone, parts);
+    const Tensor after_attention = product(Dense::read(reader), join_heads(out, tokens), x, kNone);
     x = norm(after_attention);
-    const Tensor hidden = Dense::read(reader)(x, {}, activation, parts);
-    const Tensor after_mlp = Dense::read(reader)(hidden, x, kNone, parts);
+    const Tensor hidden = product(Dense::read(reader), x, {}, activation);
+    const Tensor after_mlp = product(Dense::read(reader), hidden, x, kNone);
     x = norm(after_mlp);
   }
   return torch::stable::view(x, x_.sizes());
