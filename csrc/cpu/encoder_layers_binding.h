@@ -68,8 +68,9 @@ Tensor join_heads(const Tensor& x, int64_t tokens) {
   return torch::stable::view(x, {sizes.data(), sizes.size()});
 }
 
-// Whether a weight is better read where it lies, once for some rows of x at a time, than packed: up to linear's 32 rows,
-// a bound that decoding relies on, and for more where that was measured. AVX2 would convert 16 bits again for each few.
+// Whether a weight is better read where it lies, once for some rows of x at a time, than packed: up to linear's 32
+// rows, a bound that decoding relies on, and for more where that was measured. AVX2 would convert 16 bits again for
+// each few.
 bool reads_in_place(const Tensor& x, const Tensor& weight) {
   constexpr int64_t kMostRows = 64;
   const bool is_wide = lmk::isa() == lmk::Isa::avx512 || lmk::isa() == lmk::Isa::avx512bf16;
