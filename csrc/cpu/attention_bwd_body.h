@@ -230,8 +230,9 @@ int64_t bwd_scratch(const AttentionArgs& a) {
 // A row of scores and of dP, of which P and dS are made.
 struct GradRow {
   const float *s, *dp;
-  float shift, delta;  // -lse log2 e
-  uint32_t* ds;        // dS as pairs of keys
+  float shift;  // -lse log2 e
+  float delta;
+  uint32_t* ds;  // dS as pairs of keys
 };
 
 // P and dS of two rows as pairs of rows, p and ds (width,), and dS of each as pairs of keys. factor has log2 e in it.
@@ -271,6 +272,7 @@ inline void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width
     }
   }
 }
+
 // P and dS of rows r0 .. r0 + n in w.p_depth, w.ds_depth and w.ds, columns of the span, and zeros in the rest of all.
 inline void grad_pairs(const AttentionArgs& a, const KeyHead& head, const BwdScratch<MathBf16>& w, const Row* rows,
                        int64_t r0, const float* lse, const float* delta, int64_t n, int64_t j0, Span span, Span all) {
