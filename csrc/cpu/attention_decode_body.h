@@ -62,34 +62,25 @@ inline char* token_row(const TokenRows& x, int64_t outer, int64_t token, int64_t
   return x.data + outer * x.outer + token * x.token + head * x.head;
 }
 
-// Calls f(row, j, count) for every run of rows of one key head at positions j0 + j on that are x.token bytes apart,
-// until all of j0 .. j0 + n have been named.
+// Calls f(outer, token, j, count) for every run of positions j0 + j .. + count that lie in one page of the cache, from
+// its token on, until all of j0 .. j0 + n have been named.
 template <class F>
-[[gnu::always_inline]] inline void each_run(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0,
-                                            int64_t n, F f) {
-  if (!a.block_table) return f(token_row(x, b, j0, hk), int64_t(0), n);
+[[gnu::always_inline]] inline void each_run(const DecodeArgs& a, int64_t b, int64_t j0, int64_t n, F f) {
+  if (!a.block_table) return f(b, j0, int64_t(0), n);
   const int32_t* page = a.block_table + b * a.table_stride + j0 / a.block_size;
   int64_t slot = j0 % a.block_size;
   for (int64_t j = 0; j < n; ++page, slot = 0) {
     const int64_t count = least(n - j, a.block_size - slot);
     // a number that is out of range must not be read through
-    f(token_row(x, most(0, least(*page, a.num_blocks - 1)), slot, hk), j, count);
+    f(most(0, least(*page, a.num_blocks - 1)), slot, j, count);
     j += count;
   }
 }
 
-// Rows of one key head of the cache at positions j0 .. j0 + n.
-inline void cache_rows(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j0, int64_t n,
-                       const char** rows) {
-  each_run(a, x, b, hk, j0, n, [&](const char* row, int64_t j, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) rows[j + i] = row + i * x.token;
-  });
-}
-
 inline char* cache_row(const DecodeArgs& a, const TokenRows& x, int64_t b, int64_t hk, int64_t j) {
-  const char* row;
-  cache_rows(a, x, b, hk, j, 1, &row);
-  return const_cast<char*>(row);
+  char* row;
+  each_run(a, b, j, 1, [&](int64_t outer, int64_t token, int64_t, int64_t) { row = token_row(x, outer, token, hk); });
+  return row;
 }
 
 // A row (head_dim,) in `dtype` as T, rotated by the angle of its position where there are tables.
@@ -173,8 +164,10 @@ template <class P>
 struct DecodeScratch {
   using T = typename P::T;
   int64_t q_ld;
-  typename P::Query* q;                 // (rows, q_ld)
-  T *s, *unit, *correction, *sum_unit;  // scores (rows, kDecodeBlock), and per row: of q, for o, of the weights
+  typename P::Query* q;  // (rows, q_ld)
+  // scores (rows, kDecodeBlock); and of each row: the unit of q, the largest score so far (0 if it has seen nothing),
+  // what o is to be multiplied by, the unit of the weights
+  T *s, *unit, *shift, *correction, *sum_unit;
   void* state;
   int64_t bytes;
   DecodeScratch(const DecodeArgs& a, void* base) {
@@ -183,9 +176,10 @@ struct DecodeScratch {
     q = static_cast<typename P::Query*>(base);
     s = reinterpret_cast<T*>(q + round_up(rows * q_ld, 16));
     unit = s + rows * kDecodeBlock;
-    correction = unit + rows;
+    shift = unit + rows;
+    correction = shift + rows;
     sum_unit = correction + rows;
-    state = unit + round_up(3 * rows, 16);
+    state = unit + round_up(4 * rows, 16);
     bytes = static_cast<char*>(state) - static_cast<char*>(base) + DecodeState<P>(a, nullptr).bytes;
   }
 };
@@ -219,6 +213,8 @@ template <class T>
 T finish_scores(const DecodeArgs& a, int64_t b, const DecodeRow& row, int64_t j0, int64_t n, T unit, const T* key_scale,
                 T* s) {
   using V = Vec<T>;
+  const T hidden = -std::numeric_limits<T>::infinity();
+  V top = V::set1(hidden);
   if (has_features(a)) {
     const V factor = V::set1(T(a.scale) * unit), cap = V::set1(T(a.softcap)), inverse = V::set1(T(1 / a.softcap));
     for (int64_t j = 0; j < n; j += V::kLanes) {
@@ -226,17 +222,20 @@ T finish_scores(const DecodeArgs& a, int64_t b, const DecodeRow& row, int64_t j0
       if (key_scale) x = x * V::load(key_scale + j);
       if (a.softcap > 0) x = cap * tanh(x * inverse);
       x.store(s + j);
+      top = max(x, top);
     }
-    if (a.slopes) {
-      const T slope = reinterpret_cast<const T*>(a.slopes)[b * a.slopes_batch + row.h];
-      const T start = T(row.position - j0);
-      for (int64_t j = 0; j < n; ++j) s[j] -= slope * (start - T(j));
-    }
+  } else {
+    for (int64_t j = 0; j < n; j += V::kLanes) top = max(V::load(s + j), top);
   }
-  const T hidden = -std::numeric_limits<T>::infinity();
+  if (!a.slopes && row.lo <= j0 && row.hi >= j0 + n) return reduce_max(top);
+  if (a.slopes) {
+    const T slope = reinterpret_cast<const T*>(a.slopes)[b * a.slopes_batch + row.h];
+    const T start = T(row.position - j0);
+    for (int64_t j = 0; j < n; ++j) s[j] -= slope * (start - T(j));
+  }
   for (int64_t j = 0; j < least(row.lo - j0, n); ++j) s[j] = hidden;
   for (int64_t j = most(0, row.hi - j0); j < n; ++j) s[j] = hidden;
-  V top = V::set1(hidden);
+  top = V::set1(hidden);
   for (int64_t j = 0; j < n; j += V::kLanes) top = max(V::load(s + j), top);
   return reduce_max(top);
 }
@@ -261,25 +260,48 @@ void finish_row(const DecodeArgs& a, int64_t b, const DecodeRow& row, T m, T l, 
   store_row(a.dtype, o, a.head_dim_v, static_cast<char*>(a.out) + at * element_size(a.dtype));
 }
 
-// The scales of keys j0 .. j0 + n of an int8 cache, and zeros up to `padded`. In pages, where the CPU does not look
-// ahead by itself, those of the keys after them are fetched, up to key j0 + ahead.
-template <class T>
-void gather_scales(const DecodeArgs& a, const TokenRows& x, const DecodeTask& t, int64_t j0, int64_t n, int64_t padded,
-                   int64_t ahead, T* scales) {
-  each_run(a, x, t.b, t.hk, j0, n, [&](const char* row, int64_t j, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      float scale;
-      memcpy(&scale, row + i * x.token, sizeof(scale));
-      scales[j + i] = T(scale);
+// Keys j0 .. j0 + n of one head and their values: where the rows lie. Behind the last one it is repeated.
+struct DecodeKeys {
+  int64_t j0, n;
+  const char *keys[kDecodeBlock], *values[kDecodeBlock];
+};
+
+// In pages, where the CPU does not look ahead by itself, the scales of an int8 cache are fetched.
+inline void find_keys(const DecodeArgs& a, const DecodeTask& t, int64_t j0, int64_t n, DecodeKeys& x) {
+  x.j0 = j0, x.n = n;
+  each_run(a, t.b, j0, n, [&](int64_t outer, int64_t token, int64_t j, int64_t count) __attribute__((always_inline)) {
+    const char *key = token_row(a.k, outer, token, t.hk), *value = token_row(a.v, outer, token, t.hk);
+    for (int64_t i = 0; i < count; ++i) x.keys[j + i] = key + i * a.k.token, x.values[j + i] = value + i * a.v.token;
+    if (!a.block_table || !a.k_scale.data) return;
+    for (const TokenRows& scales : {a.k_scale, a.v_scale}) {
+      const char* row = token_row(scales, outer, token, t.hk);
+      const int64_t step = scales.token < 64 ? 64 : scales.token;
+      for (int64_t i = 0; i < count * scales.token; i += step) fetch_to_l2(row + i);
     }
   });
-  for (int64_t j = n; j < padded; ++j) scales[j] = 0;
-  if (!a.block_table) return;
-  each_run(a, x, t.b, t.hk, j0 + n, ahead - n,
-           [&](const char* row, int64_t, int64_t count) __attribute__((always_inline)) {
-             const int64_t step = x.token < 64 ? 64 : x.token;
-             for (int64_t i = 0; i < count * x.token; i += step) fetch_to_l2(row + i);
+  for (int64_t j = n; j < kDecodeBlock; ++j) x.keys[j] = x.keys[n - 1], x.values[j] = x.values[n - 1];
+}
+
+// n scales, `step` bytes apart, to y.
+template <class T>
+[[gnu::always_inline]] inline void copy_scales(const char* x, int64_t step, int64_t n, T* y) {
+  int64_t i = 0;
+  if (step == sizeof(T))
+    for (; i + Vec<T>::kLanes <= n; i += Vec<T>::kLanes)
+      Vec<T>::load(reinterpret_cast<const T*>(x + i * step)).store(y + i);
+  for (; i < n; ++i) memcpy(y + i, x + i * step, sizeof(T));
+}
+
+// The scales of an int8 cache, and zeros up to `padded`.
+template <class T>
+void gather_scales(const DecodeArgs& a, const DecodeTask& t, const DecodeKeys& x, int64_t padded, T* of_keys,
+                   T* of_values) {
+  each_run(a, t.b, x.j0, x.n,
+           [&](int64_t outer, int64_t token, int64_t j, int64_t count) __attribute__((always_inline)) {
+             copy_scales(token_row(a.k_scale, outer, token, t.hk), a.k_scale.token, count, of_keys + j);
+             copy_scales(token_row(a.v_scale, outer, token, t.hk), a.v_scale.token, count, of_values + j);
            });
+  for (int64_t j = x.n; j < padded; ++j) of_keys[j] = of_values[j] = 0;
 }
 
 template <class P>
@@ -314,49 +336,49 @@ void decode_attend(const DecodeArgs& a, int64_t index, void* scratch) {
     end = most(end, least(t.end, rows[r].hi));
   }
   const T factor = has_features(a) ? T(1) : T(a.scale);
-  // pointers reach one block ahead: values come while keys are worked on, the next keys while values are. The rows of
-  // a head may lie pages apart, where the CPU does not look ahead by itself.
-  const char *keys[2 * kDecodeBlock], *values[kDecodeBlock];
-  for (int64_t j0 = most(t.begin, lo / kDecodeBlock * kDecodeBlock); j0 < end; j0 += kDecodeBlock) {
-    const int64_t n = least(end - j0, kDecodeBlock), padded = round_up(n, kLanes);
-    const int64_t ahead = least(end - j0, 2 * kDecodeBlock);
-    cache_rows(a, a.k, t.b, t.hk, j0, ahead, keys);
-    for (int64_t j = ahead; j < 2 * kDecodeBlock; ++j) keys[j] = keys[ahead - 1];
-    cache_rows(a, a.v, t.b, t.hk, j0, n, values);
-    for (int64_t j = n; j < padded; ++j) values[j] = values[n - 1];
+  // Values are fetched while keys are worked on, the next keys while values are: the rows of a head may lie pages
+  // apart, where the CPU does not look ahead by itself.
+  DecodeKeys blocks[2];
+  DecodeKeys *now = blocks, *next = blocks + 1;
+  const int64_t first = most(t.begin, lo / kDecodeBlock * kDecodeBlock);
+  if (first < end) find_keys(a, t, first, least(end - first, kDecodeBlock), *now);
+  for (int64_t j0 = first; j0 < end; j0 += kDecodeBlock, std::swap(now, next)) {
+    const int64_t n = now->n, padded = round_up(n, kLanes), left = end - j0 - n;
+    if (left > 0) find_keys(a, t, j0 + n, least(left, kDecodeBlock), *next);
     // what no row sees may never have been written, and 0 * NaN is NaN
     const int64_t unseen = most(0, lo - j0);
-    for (int64_t j = 0; j < unseen; ++j) values[j] = values[unseen];
+    for (int64_t j = 0; j < unseen; ++j) now->values[j] = now->values[unseen];
     T key_scale[kDecodeBlock], value_scale[kDecodeBlock];
     if (kScaled) {
-      gather_scales(a, a.k_scale, t, j0, n, padded, ahead, key_scale);
-      gather_scales(a, a.v_scale, t, j0, n, padded, ahead, value_scale);
+      gather_scales(a, t, *now, padded, key_scale, value_scale);
       for (int64_t j = 0; j < unseen; ++j) value_scale[j] = 0;
     }
 
-    dots<P>(w.q, w.q_ld, t.rows, keys, n, a.head_dim, w.s, kDecodeBlock, values, a.head_dim_v * P::kElement);
+    dots<P>(w.q, w.q_ld, t.rows, now->keys, n, a.head_dim, w.s, kDecodeBlock, now->values, a.head_dim_v * P::kElement);
+    // loops over the rows, each of short chains, that one row need not wait for another
     for (int64_t r = 0; r < t.rows; ++r) {
-      T* s = w.s + r * kDecodeBlock;
-      const T before = state.m[r];
-      const T top = factor * finish_scores<T>(a, t.b, rows[r], j0, padded, w.unit[r], kScaled ? key_scale : nullptr, s);
-      const T m = top > before ? top : before;
+      const T* scales = kScaled ? key_scale : nullptr;
+      const T top = factor * finish_scores<T>(a, t.b, rows[r], j0, padded, w.unit[r], scales, w.s + r * kDecodeBlock);
+      const T m = top > state.m[r] ? top : state.m[r];
       // a row that has seen nothing yet has -inf, which must not meet -inf
-      const T shift = m == -std::numeric_limits<T>::infinity() ? T(0) : m;
-      w.correction[r] = m == before ? T(1) : exp_one(before - shift);
-      state.l[r] = state.l[r] * w.correction[r] + weights_row<P>(s, padded, factor, -shift);
+      w.shift[r] = m == -std::numeric_limits<T>::infinity() ? T(0) : m;
+      w.correction[r] = exp_one(state.m[r] - w.shift[r]);
       state.m[r] = m;
-      w.sum_unit[r] = P::pack_weights(s, kScaled ? value_scale : nullptr, padded);
     }
+    for (int64_t r = 0; r < t.rows; ++r)
+      state.l[r] = state.l[r] * w.correction[r] + weights_row<P>(w.s + r * kDecodeBlock, padded, factor, -w.shift[r]);
+    for (int64_t r = 0; r < t.rows; ++r)
+      w.sum_unit[r] = P::pack_weights(w.s + r * kDecodeBlock, kScaled ? value_scale : nullptr, padded);
     const WeightedSum<P> sum{reinterpret_cast<const typename P::Weight*>(w.s),
                              kDecodeBlock,
-                             values,
+                             now->values,
                              round_up(n, P::kKeys),
                              a.head_dim_v,
                              state.o,
                              state.o_ld,
                              w.correction,
                              w.sum_unit,
-                             keys + kDecodeBlock,
+                             left > 0 ? next->keys : nullptr,
                              a.head_dim * P::kElement};
     weighted_sums(sum, t.rows);
   }

@@ -7,6 +7,7 @@
 //   Query             element of the few rows, packed by pack_query, and Weight, by pack_weights; both return the unit
 //                     that the results are to be multiplied by
 //   exp               exact enough for weights
+//   Adding            how the lanes of accumulators are added up
 //   kElement          bytes of an element of the many rows
 //   kColumns          columns that one step reads, kQueries the elements of a Query that they meet
 //   kKeys, kRegs      rows that a step of the weighted sum joins, and accumulators that it needs
@@ -59,37 +60,6 @@ Vec<Acc<E> > load_first(const E* p, int64_t n) {
 
 // One vector with the sum of x[i] in lane i.
 #if LMK_LANES == 16
-// Of 32-bit elements that kAdd adds.
-template <__m512 (*kAdd)(__m512, __m512)>
-__m512 add_up_tree(const __m512* x) {
-  __m512 t[8], u[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    t[i] = kAdd(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    u[i] = kAdd(_mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44), _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    t[i] = kAdd(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
-  return kAdd(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
-}
-inline __m512 add_floats(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-inline __m512 add_integers(__m512 a, __m512 b) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-}
-inline Vec<float> add_up(const Vec<float>* x) {
-  __m512 registers[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) registers[i] = x[i].v;
-  return {add_up_tree<add_floats>(registers)};
-}
-inline Vec<float> add_up(const __m512i* x) {
-  __m512 registers[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) registers[i] = _mm512_castsi512_ps(x[i]);
-  return {_mm512_cvtepi32_ps(_mm512_castps_si512(add_up_tree<add_integers>(registers)))};
-}
 inline Vec<double> add_up(const Vec<double>* x) {
   __m512d t[4];
   for (int i = 0; i < 4; ++i)
@@ -118,6 +88,69 @@ V add_up(const V* x) {
   for (int i = 0; i < V::kLanes; ++i) sums.v[i] = reduce_add(x[i]);
   return sums;
 }
+#endif
+
+// One vector with the sum of accumulator i in lane i: begin, then steps 0 to 3, which may stand between other work.
+template <class V>
+struct AddAtOnce {
+  V x;
+  void begin(const V* acc) { x = add_up(acc); }
+  void step(int) {}
+  V sums() const { return x; }
+};
+
+template <class T>
+struct AddingOf {
+  using Type = AddAtOnce<Vec<T> >;
+};
+
+#if LMK_LANES == 16
+struct FloatLanes {
+  static __m512 bits(Vec<float> x) { return x.v; }
+  static __m512 add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static Vec<float> sums(__m512 x) { return {x}; }
+};
+struct IntegerLanes {
+  static __m512 bits(__m512i x) { return _mm512_castsi512_ps(x); }
+  static __m512 add(__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static Vec<float> sums(__m512 x) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(x))}; }
+};
+
+// Steps wait for each other. In one piece they would fill the scheduler, and what comes after them would wait too.
+template <class Lanes>
+struct AddInSteps {
+  __m512 x[8];
+  template <class Acc>
+  [[gnu::always_inline]] void begin(const Acc* acc) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512 a = Lanes::bits(acc[2 * i]), b = Lanes::bits(acc[2 * i + 1]);
+      x[i] = Lanes::add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+  }
+  [[gnu::always_inline]] void step(int n) {
+    if (n < 2) {
+#pragma GCC unroll 2
+      for (int i = 2 * n; i < 2 * n + 2; ++i)
+        x[i] = Lanes::add(_mm512_shuffle_ps(x[2 * i], x[2 * i + 1], 0x44),
+                          _mm512_shuffle_ps(x[2 * i], x[2 * i + 1], 0xee));
+    } else if (n == 2) {
+      for (int i = 0; i < 2; ++i) x[i] = blocks(x[2 * i], x[2 * i + 1]);
+    } else {
+      x[0] = blocks(x[0], x[1]);
+    }
+  }
+  Vec<float> sums() const { return Lanes::sums(x[0]); }
+  static __m512 blocks(__m512 a, __m512 b) {
+    return Lanes::add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+};
+template <>
+struct AddingOf<float> {
+  using Type = AddInSteps<FloatLanes>;
+};
 #endif
 
 // The largest |x| of x (n,), in whole vectors.
@@ -171,6 +204,7 @@ struct FmaProducts {
   using Weight = T;
   using Acc = V;
   using Row = V;
+  using Adding = typename AddingOf<T>::Type;
   static constexpr int kElement = sizeof(E), kColumns = V::kLanes, kQueries = V::kLanes, kKeys = 1, kRegs = 1;
 
   static T pack_query(const T* x, int64_t n, Query* q) {
@@ -224,6 +258,7 @@ struct Bf16Products : PairProducts {
   using Query = uint32_t;
   using Weight = uint32_t;
   using Acc = V;
+  using Adding = AddInSteps<FloatLanes>;
   static constexpr int kElement = 2;
 
   static T pack_query(const T* x, int64_t n, Query* q) {
@@ -251,6 +286,7 @@ struct Int8Products : PairProducts {
   using Query = uint32_t;
   using Weight = uint32_t;
   using Acc = __m512i;
+  using Adding = AddInSteps<IntegerLanes>;
   static constexpr int kElement = 1;
 
   static T pack_query(const T* x, int64_t n, Query* q) {
@@ -295,57 +331,88 @@ using ProductsForBf16 = FmaProducts<Bf16>;
 using ProductsForInt8 = FmaProducts<int8_t>;
 #endif
 
-[[gnu::always_inline]] inline void fetch_bytes(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) fetch_to_l2(row + i);
+[[gnu::always_inline]] inline void fetch_bytes(const char* row, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 64) fetch_to_l2(row + i);
 }
 
-// s (kRows, s_ld) = q (kRows, q_ld) . rows[0 .. kLanes / kRows], of which the last may repeat. kWhole: columns is a
-// multiple of kColumns.
-template <class P, int kRows, bool kWhole>
-[[gnu::noinline]] void dot_tile(const typename P::Query* q, int64_t q_ld, const char* const* rows, int64_t columns,
-                                typename P::T* s, int64_t s_ld) {
-  using V = typename P::V;
-  constexpr int kMany = V::kLanes / kRows;
-  typename P::Acc acc[V::kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < V::kLanes; ++i) acc[i] = P::zero();
-  for (int64_t c = 0; c < columns; c += P::kColumns, q += P::kQueries) {
-    const bool whole = kWhole || c + P::kColumns <= columns;
-    typename P::Row a[kRows];
+// Columns c .. c + kColumns of kLanes / kRows rows against q (kRows, q_ld) from there on. If kWoven, the accumulators
+// begin at 0, and between the rows the sums of the tile before are added up.
+template <class P, int kRows, bool kWhole, bool kFetch, bool kWoven>
+[[gnu::always_inline]] inline void dot_step(const typename P::Query* q, int64_t q_ld, const char* const* rows,
+                                            int64_t c, int64_t columns, typename P::Acc* acc,
+                                            typename P::Adding& before, const char* const* next) {
+  constexpr int kMany = P::V::kLanes / kRows, kEvery = kMany < 4 ? 1 : kMany / 4;
+  const bool whole = kWhole || c + P::kColumns <= columns;
+  typename P::Row a[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) a[r] = P::load_query(q + r * q_ld);
+  for (int r = 0; r < kRows; ++r) a[r] = P::load_query(q + r * q_ld);
 #pragma GCC unroll 16
-    for (int j = 0; j < kMany; ++j) {
-      const char* from = rows[j] + c * P::kElement;
-      const typename P::Row b = whole ? P::load(from) : P::load(from, columns - c);
+  for (int j = 0; j < kMany; ++j) {
+    const char* from = rows[j] + c * P::kElement;
+    if (kFetch && kRows > 1 && c * P::kElement % 64 == 0) fetch_to_l2(next[j] + c * P::kElement);
+    const typename P::Row b = whole ? P::load(from) : P::load(from, columns - c);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[r * kMany + j] = P::dot(acc[r * kMany + j], a[r], b);
+    for (int r = 0; r < kRows; ++r) {
+      typename P::Acc& sum = acc[r * kMany + j];
+      sum = P::dot(kWoven ? P::zero() : sum, a[r], b);
     }
-  }
-  const V sums = add_up(acc);
-  if constexpr (kRows == 1) {
-    sums.store(s);
-  } else {
-    typename P::T lanes[V::kLanes];
-    sums.store(lanes);
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < kMany; ++j) s[r * s_ld + j] = lanes[r * kMany + j];
+    if (kWoven && (j + 1) % kEvery == 0) before.step(j / kEvery);
   }
 }
 
 template <class P, int kRows>
-void dot_rows(const typename P::Query* q, int64_t q_ld, const char* const* rows, int64_t n, int64_t columns,
-              typename P::T* s, int64_t s_ld, const char* const* next, int64_t next_bytes) {
-  constexpr int kMany = P::V::kLanes / kRows;
-  const bool whole = columns % P::kColumns == 0;
-  for (int64_t j = 0; j < n; j += kMany) {
-    if (next)
-      for (int i = 0; i < kMany; ++i) fetch_bytes(next[j + i], next_bytes);
-    if (whole)
-      dot_tile<P, kRows, true>(q, q_ld, rows + j, columns, s + j, s_ld);
-    else
-      dot_tile<P, kRows, false>(q, q_ld, rows + j, columns, s + j, s_ld);
+[[gnu::always_inline]] inline void store_sums(const typename P::Adding& adding, typename P::T* s, int64_t s_ld) {
+  if constexpr (kRows == 1) {
+    adding.sums().store(s);
+  } else {
+    constexpr int kMany = P::V::kLanes / kRows;
+    typename P::T lanes[P::V::kLanes];
+    adding.sums().store(lanes);
+    for (int r = 0; r < kRows; ++r) memcpy(s + r * s_ld, lanes + r * kMany, sizeof(lanes) / kRows);
   }
+}
+
+// s (kRows, s_ld) = q (kRows, q_ld) . rows[0 .. n]. kWhole: columns is a multiple of kColumns.
+template <class P, int kRows, bool kWhole, bool kFetch>
+[[gnu::noinline]] void dot_rows(const typename P::Query* q, int64_t q_ld, const char* const* rows, int64_t n,
+                                int64_t columns, typename P::T* s, int64_t s_ld, const char* const* next,
+                                int64_t next_bytes) {
+  constexpr int kMany = P::V::kLanes / kRows;
+  constexpr bool kWoven = kRows > 1;  // one row has too few products to weave anything into
+  typename P::Acc acc[P::V::kLanes];
+  const auto clear = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int i = 0; i < P::V::kLanes; ++i) acc[i] = P::zero();
+  };
+  typename P::Adding adding;
+  const auto finish = [&](int64_t j) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) adding.step(i);
+    store_sums<P, kRows>(adding, s + j, s_ld);
+  };
+  clear();
+  if (kWoven) adding.begin(acc);
+  for (int64_t j = 0; j < n; j += kMany) {
+    const char* const* more = kFetch ? next + j : nullptr;
+    if (kFetch && !kWoven)
+      for (int i = 0; i < kMany; ++i) fetch_bytes(more[i], 0, next_bytes);
+    const typename P::Query* from = q;
+    int64_t c = 0;
+    if (kWoven) {
+      dot_step<P, kRows, kWhole, kFetch, true>(from, q_ld, rows + j, c, columns, acc, adding, more);
+      store_sums<P, kRows>(adding, s + (j ? j - kMany : 0), s_ld);  // at first zeros, to be overwritten
+      c += P::kColumns, from += P::kQueries;
+    } else {
+      clear();
+    }
+    for (; c < columns; c += P::kColumns, from += P::kQueries)
+      dot_step<P, kRows, kWhole, kFetch, false>(from, q_ld, rows + j, c, columns, acc, adding, more);
+    if (kFetch && kWoven)
+      for (int i = 0; i < kMany; ++i) fetch_bytes(more[i], round_up(columns * P::kElement, 64), next_bytes);
+    adding.begin(acc);
+    if (!kWoven) finish(j);
+  }
+  if (kWoven) finish(round_up(n, kMany) - kMany);
 }
 
 // s (m, s_ld) = q (m, q_ld) . rows[0 .. n] over `columns`. rows and next hold pointers up to n rounded up to kLanes,
@@ -353,13 +420,19 @@ void dot_rows(const typename P::Query* q, int64_t q_ld, const char* const* rows,
 template <class P>
 void dots(const typename P::Query* q, int64_t q_ld, int64_t m, const char* const* rows, int64_t n, int64_t columns,
           typename P::T* s, int64_t s_ld, const char* const* next, int64_t next_bytes) {
+  const bool whole = columns % P::kColumns == 0;
   int64_t r = 0;
-  if constexpr (P::V::kLanes >= 4)
-    for (; r + 4 <= m; r += 4, next = nullptr)
-      dot_rows<P, 4>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
-  for (; r + 2 <= m; r += 2, next = nullptr)
-    dot_rows<P, 2>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
-  if (r < m) dot_rows<P, 1>(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
+  const auto some = [&](auto rows_at_once) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(rows_at_once)::value;
+    for (; r + kRows <= m; r += kRows, next = nullptr) {
+      const auto run = next ? (whole ? dot_rows<P, kRows, true, true> : dot_rows<P, kRows, false, true>)
+                            : (whole ? dot_rows<P, kRows, true, false> : dot_rows<P, kRows, false, false>);
+      run(q + r * q_ld, q_ld, rows, n, columns, s + r * s_ld, s_ld, next, next_bytes);
+    }
+  };
+  if constexpr (P::V::kLanes >= 4) some(std::integral_constant<int, 4>());
+  some(std::integral_constant<int, 2>());
+  some(std::integral_constant<int, 1>());
 }
 
 // s (n,) becomes the weights exp(factor s + shift), by the exponential of M; returns their sum.
@@ -401,9 +474,12 @@ template <class P, int kRows, int kSteps, bool kWhole>
 #pragma GCC unroll 16
     for (int i = 0; i < kRegs; ++i) acc[r][i] = P::zero();
   const typename P::Weight* p = w.p + row * w.p_ld;
+  // of the rows that will be read next: as much as this tile reads, and in the last one the rest
+  const int64_t begin = col * P::kElement / 64 * 64, after = col + kSteps * P::kColumns;
+  const int64_t end = after < w.columns && after * P::kElement < w.next_bytes ? after * P::kElement : w.next_bytes;
   for (int64_t j = 0; j < w.n; j += P::kKeys, ++p) {
     if (next)
-      for (int k = 0; k < P::kKeys; ++k) fetch_bytes(next[j + k], w.next_bytes);
+      for (int k = 0; k < P::kKeys; ++k) fetch_bytes(next[j + k], begin, end);
     typename P::Row weight[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) weight[r] = P::broadcast(p + r * w.p_ld);
@@ -439,11 +515,11 @@ template <class P, int kRows, int kSteps, bool kWhole>
 template <class P, int kRows, int kSteps>
 void weigh_columns(const WeightedSum<P>& w, int64_t row, int64_t col) {
   for (; col + kSteps * P::kColumns <= w.columns; col += kSteps * P::kColumns)
-    weigh_tile<P, kRows, kSteps, true>(w, row, col, row == 0 && col == 0 ? w.next : nullptr);
+    weigh_tile<P, kRows, kSteps, true>(w, row, col, row == 0 ? w.next : nullptr);
   if constexpr (kSteps > 1)
     weigh_columns<P, kRows, kSteps / 2>(w, row, col);
   else if (col < w.columns)
-    weigh_tile<P, kRows, 1, false>(w, row, col, row == 0 && col == 0 ? w.next : nullptr);
+    weigh_tile<P, kRows, 1, false>(w, row, col, row == 0 ? w.next : nullptr);
 }
 
 template <class P>
