@@ -44,8 +44,8 @@ def check_parameter(name: str, x, shape: tuple[int, ...], other_name: str, other
     check_floating(name, x)
     check_device(name, x, other_name, other)
     check_same_or_wider(name, x, other)
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
     return x
 
 

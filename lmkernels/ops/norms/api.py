@@ -65,7 +65,7 @@ def _norm(name, x, residual, weight, bias, eps, center, backend):
     if module is reference or not needs_gradient(x, residual, weight, bias):
         y, s = module.forward(x, residual, weight, bias, eps, center)
         return y if residual is None else (y, s)
-    return _Norm.apply(module.__name__.rpartition(".")[2], x, residual, weight, bias, eps, center)
+    return _Norm.apply((module.__name__.rpartition(".")[2], eps, center), x, residual, weight, bias)
 
 
 def _check(x, residual, weight, bias) -> None:
@@ -97,13 +97,15 @@ def _check_eps(eps) -> float:
 
 
 class _Norm(torch.autograd.Function):
+    """Of ((backend's name, eps, center), x, residual, weight, bias): torch takes a while for each argument."""
+
     @staticmethod
-    def forward(ctx, name, x, residual, weight, bias, eps, center):
+    def forward(ctx, call, x, residual, weight, bias):
+        name, eps, center = ctx.call = call
         y, s, rstd, mean = BACKENDS[name].forward_for_backward(x, residual, weight, bias, eps, center)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(s, rstd, mean, weight, bias)
-        ctx.name, ctx.eps, ctx.center = name, eps, center
-        ctx.dtypes = x.dtype, s.dtype if residual is None else residual.dtype
+        ctx.dtypes = None if residual is None else (x.dtype, residual.dtype)
         if residual is None:
             return y
         if not (x.requires_grad or residual.requires_grad):
@@ -112,24 +114,27 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, ds=None):
+        name, eps, center = ctx.call
         s, rstd, mean, weight, bias = ctx.saved_tensors
-        _, need_dx, need_dresidual, need_dweight, need_dbias, _, _ = ctx.needs_input_grad
+        _, need_dx, need_dresidual, need_dweight, need_dbias = ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(s)
         if torch.is_grad_enabled():
             through_y, dweight, dbias = reference_gradients(
-                lambda s, weight, bias: reference.forward(s, None, weight, bias, ctx.eps, ctx.center)[0],
+                lambda s, weight, bias: reference.forward(s, None, weight, bias, eps, center)[0],
                 (s, weight, bias),
                 (need_dx or need_dresidual, need_dweight, need_dbias),
                 (dy,),
             )
             dsum = through_y if ds is None or through_y is None else through_y + ds
         else:
-            dsum, dweight, dbias = BACKENDS[ctx.name].backward(
+            dsum, dweight, dbias = BACKENDS[name].backward(
                 dy, ds, s, rstd, mean, weight, bias, need_dweight, need_dbias
             )
+        if ctx.dtypes is None:
+            return None, dsum, None, dweight, dbias
         dx, dresidual = (
             dsum.to(dtype) if needed else None
             for needed, dtype in zip((need_dx, need_dresidual), ctx.dtypes, strict=True)
         )
-        return None, dx, dresidual, dweight, dbias, None, None
+        return None, dx, dresidual, dweight, dbias
