@@ -232,12 +232,18 @@ struct GradRow {
   const float *s, *dp;
   float shift;  // -lse log2 e
   float delta;
-  uint32_t* ds;  // dS as pairs of keys
+  uint32_t* ds;       // dS as pairs of keys
+  const float* keep;  // what dropout multiplies by
 };
 
-// P and dS of two rows as pairs of rows, p and ds (width,), and dS of each as pairs of keys. factor has log2 e in it.
-inline void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width, float factor, uint32_t* p,
-                          uint32_t* ds) {
+inline __m512i narrow(Vec<float> low, Vec<float> high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+}
+
+// P (after dropout) and dS of two rows as pairs of rows, p and ds (width,), and dS of each as pairs of keys. factor has
+// log2 e in it.
+template <bool kDropout>
+void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width, float factor, uint32_t* p, uint32_t* ds) {
   using V = Vec<float>;
   alignas(64) static constexpr uint16_t kPairs[2][32] = {
       {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -245,7 +251,6 @@ inline void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width
       {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   const __m512i first = _mm512_load_si512(kPairs[0]), second = _mm512_load_si512(kPairs[1]);
-  const auto narrow = [](V low, V high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)); };
   for (int64_t j = 0; j < width; j += 32) {
     const bool both = j + 16 < width;
     __m512i p_rows[2], ds_rows[2];
@@ -256,8 +261,16 @@ inline void grad_row_pair(const GradRow& even, const GradRow& odd, int64_t width
       const int64_t next = both ? j + 16 : j;
       const V low = exp2_bf16(fma(V::load(row.s + j), f, shift));
       const V high = exp2_bf16(fma(V::load(row.s + next), f, shift));
-      p_rows[r] = narrow(low, high);
-      ds_rows[r] = narrow(low * (V::load(row.dp + j) - delta), high * (V::load(row.dp + next) - delta));
+      V dp_low = V::load(row.dp + j), dp_high = V::load(row.dp + next);
+      if constexpr (kDropout) {
+        // its factor is on P for dV and on dP for dS; P itself multiplies dP - delta
+        const V keep_low = V::load(row.keep + j), keep_high = V::load(row.keep + next);
+        p_rows[r] = narrow(low * keep_low, high * keep_high);
+        dp_low = dp_low * keep_low, dp_high = dp_high * keep_high;
+      } else {
+        p_rows[r] = narrow(low, high);
+      }
+      ds_rows[r] = narrow(low * (dp_low - delta), high * (dp_high - delta));
     }
     _mm512_storeu_si512(p + j, _mm512_permutex2var_epi16(p_rows[0], first, p_rows[1]));
     _mm512_storeu_si512(ds + j, _mm512_permutex2var_epi16(ds_rows[0], first, ds_rows[1]));
@@ -279,11 +292,14 @@ inline void grad_pairs(const AttentionArgs& a, const KeyHead& head, const BwdScr
   const int64_t width = span.end - span.begin;
   if (width > 0) score_products<MathBf16>(a, w, r0, n, span);
   const float factor = float(exponent_factor(a) * kLog2e);
+  const bool dropout = a.dropout_p > 0;
+  float keep[2][kBwdKeys];
   const auto row_of = [&](int64_t r) {
     float* s = w.s + r * kBwdKeys + span.begin;
     finish_scores<float>(a, head, rows[r], j0 + span.begin, width, s, nullptr);
-    return GradRow{s, w.dp + r * kBwdKeys + span.begin, -lse[r] * float(kLog2e), delta[r],
-                   w.ds + (r * kBwdKeys + span.begin) / 2};
+    if (dropout) dropout_factors(a, head, rows[r], j0 + span.begin, width, keep[r % 2]);
+    return GradRow{s,        w.dp + r * kBwdKeys + span.begin,       -lse[r] * float(kLog2e),
+                   delta[r], w.ds + (r * kBwdKeys + span.begin) / 2, keep[r % 2]};
   };
   for (int64_t r = r0; r < r0 + n; r += 2) {
     const int64_t to = r / 2 * kBwdKeys;
@@ -300,7 +316,8 @@ inline void grad_pairs(const AttentionArgs& a, const KeyHead& head, const BwdScr
       odd.shift = -std::numeric_limits<float>::infinity();
       odd.ds += kBwdKeys / 2;
     }
-    grad_row_pair(even, odd, width, factor, w.p_depth + to + span.begin, w.ds_depth + to + span.begin);
+    (dropout ? grad_row_pair<true> : grad_row_pair<false>)(even, odd, width, factor, w.p_depth + to + span.begin,
+                                                           w.ds_depth + to + span.begin);
   }
 }
 #endif
@@ -324,7 +341,7 @@ void bwd_block(const AttentionArgs& a, const KeyHead& head, const BwdScratch<M>&
          w.q_wide, kPanel, dq + r0 * w.q_wide, w.q_wide, (span.end - span.begin) / kPack, nullptr},
         count, w.q_wide / kLanes);
   };
-  [[maybe_unused]] const bool in_pairs = a.dropout_p == 0 && a.softcap == 0 && !dslopes && !ddistance;
+  [[maybe_unused]] const bool in_pairs = a.softcap == 0 && !dslopes && !ddistance;
   for (int64_t r0 = 0; r0 < n; r0 += kGradRows<M>) {
     const int64_t count = n - r0 < kGradRows<M> ? n - r0 : kGradRows<M>;
     for (int64_t r = 0; r < count; ++r) ahead.step(a);

@@ -170,6 +170,13 @@ void apply_dropout(const AttentionArgs& a, const KeyHead& head, const Row& row, 
   }
 }
 
+// What apply_dropout multiplies by.
+template <class T>
+void dropout_factors(const AttentionArgs& a, const KeyHead& head, const Row& row, int64_t j0, int64_t n, T* x) {
+  for (int64_t c = 0; c < n; ++c) x[c] = 1;
+  apply_dropout<T>(a, head, row, j0, n, x, nullptr);
+}
+
 // The part [begin, end) of a block of keys that some of the rows see, in whole panels and kColumnUnit; empty if none.
 struct Span {
   int64_t begin, end;
