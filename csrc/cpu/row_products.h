@@ -335,8 +335,9 @@ using ProductsForInt8 = FmaProducts<int8_t>;
   for (int64_t i = begin; i < end; i += 64) fetch_to_l2(row + i);
 }
 
-// Columns c .. c + kColumns of kLanes / kRows rows against q (kRows, q_ld) from there on. If kWoven, the accumulators
-// begin at 0, and between the rows the sums of the tile before are added up.
+// Columns c .. c + kColumns of kLanes / kRows rows against q (kRows, q_ld) from there on. If kFetch, the same bytes of
+// next are fetched. If kWoven, the accumulators begin at 0, and between the rows the sums of the tile before are added
+// up.
 template <class P, int kRows, bool kWhole, bool kFetch, bool kWoven>
 [[gnu::always_inline]] inline void dot_step(const typename P::Query* q, int64_t q_ld, const char* const* rows,
                                             int64_t c, int64_t columns, typename P::Acc* acc,
@@ -349,7 +350,7 @@ template <class P, int kRows, bool kWhole, bool kFetch, bool kWoven>
 #pragma GCC unroll 16
   for (int j = 0; j < kMany; ++j) {
     const char* from = rows[j] + c * P::kElement;
-    if (kFetch && kRows > 1 && c * P::kElement % 64 == 0) fetch_to_l2(next[j] + c * P::kElement);
+    if (kFetch && c * P::kElement % 64 == 0) fetch_to_l2(next[j] + c * P::kElement);
     const typename P::Row b = whole ? P::load(from) : P::load(from, columns - c);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -372,7 +373,7 @@ template <class P, int kRows>
   }
 }
 
-// s (kRows, s_ld) = q (kRows, q_ld) . rows[0 .. n]. kWhole: columns is a multiple of kColumns.
+// s (kRows, s_ld) = q (kRows, q_ld) . rows[0 .. n]. kWhole: columns is a multiple of kColumns; kFetch: there is a next.
 template <class P, int kRows, bool kWhole, bool kFetch>
 [[gnu::noinline]] void dot_rows(const typename P::Query* q, int64_t q_ld, const char* const* rows, int64_t n,
                                 int64_t columns, typename P::T* s, int64_t s_ld, const char* const* next,
@@ -394,7 +395,7 @@ template <class P, int kRows, bool kWhole, bool kFetch>
   if (kWoven) adding.begin(acc);
   for (int64_t j = 0; j < n; j += kMany) {
     const char* const* more = kFetch ? next + j : nullptr;
-    if (kFetch && !kWoven)
+    if (kFetch && !kWoven)  // so fast through a row, memory does better with its lines one after another
       for (int i = 0; i < kMany; ++i) fetch_bytes(more[i], 0, next_bytes);
     const typename P::Query* from = q;
     int64_t c = 0;
@@ -406,7 +407,7 @@ template <class P, int kRows, bool kWhole, bool kFetch>
       clear();
     }
     for (; c < columns; c += P::kColumns, from += P::kQueries)
-      dot_step<P, kRows, kWhole, kFetch, false>(from, q_ld, rows + j, c, columns, acc, adding, more);
+      dot_step<P, kRows, kWhole, kFetch && kWoven, false>(from, q_ld, rows + j, c, columns, acc, adding, more);
     if (kFetch && kWoven)
       for (int i = 0; i < kMany; ++i) fetch_bytes(more[i], round_up(columns * P::kElement, 64), next_bytes);
     adding.begin(acc);
