@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from benchmarks import harness
 from benchmarks.ops.skinny_linear import ring, through
 from lmkernels import linear, quantize_weight
+from lmkernels.ops.quantize_weight.reference import rounded
 from lmkernels.testing import cases
 
 KINDS = ("int8", "int4")
@@ -29,10 +30,10 @@ def inputs(case: cases.SkinnyCase, dtype: torch.dtype) -> tuple:
 
 
 def wrong(case: cases.SkinnyCase, kind: str, dtype: torch.dtype) -> str | None:
-    """Against the dequantised weight in float64: the rounding of x to 16 bits, and of the result."""
+    """Against x in 8 bits times the dequantised weight in float64: the rounding of the result."""
     x, weight = inputs(case, dtype)
     weight = quantize_weight(weight, kind)
-    golden = x.double() @ weight.dequantize(torch.float64).t()
+    golden = rounded(x.float()).double() @ weight.dequantize(torch.float64).t()
     error = ((linear(x, weight).double() - golden).norm() / golden.norm()).item()
     limit = 1e-4 + torch.finfo(dtype).eps / 2
     return None if error < limit else f"relative error {error:.2e}, allowed {limit:.2e}"

@@ -19,7 +19,7 @@ Tensor quantized_linear_fwd(const Tensor& x_, const Tensor& data, const Tensor& 
   const auto blocks = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit; };
   const int64_t panels = blocks(cols, lmk::kPanelCols);
   a.padded = blocks(a.depth, lmk::kWeightGroup) * lmk::kWeightGroup;
-  a.groups = blocks(a.padded, bits == 4 ? lmk::kWeightGroup : lmk::kByteGroup);
+  a.groups = bits == 4 ? blocks(a.padded, lmk::kWeightGroup) : std::max<int64_t>(1, blocks(a.padded, lmk::kByteGroup));
   STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous() && data.scalar_type() == ScalarType::Byte &&
                       data.numel() == panels * lmk::kPanelCols * a.padded * bits / 8,
                   "data must be contiguous uint8 of the weight's size");

@@ -21,15 +21,15 @@ namespace {
 template <int kBits>
 struct Integers {
   using W = __m512i;
-  using Sum = __m512i;
+  typedef int32_t Sum __attribute__((vector_size(64)));  // many of an __m512i, which may alias, gcc keeps in memory
   static W load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static W low(W w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
   static W high(W w) { return low(_mm512_srli_epi16(w, 4)); }
-  static Sum zero() { return _mm512_setzero_si512(); }
-  static void step(Sum& sum, W w, int32_t x) { sum = _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)); }
+  static Sum zero() { return Sum{}; }
+  static Sum step(Sum sum, W w, int32_t x) { return Sum(_mm512_dpbusd_epi32(__m512i(sum), w, _mm512_set1_epi32(x))); }
   static Vec<float> value(Sum sum, int32_t x) {
     constexpr int kZero = kBits == 4 ? 8 : 128;
-    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(kZero * x)))};
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(__m512i(sum), _mm512_set1_epi32(kZero * x)))};
   }
 };
 #elif LMK_LANES >= 8
@@ -73,7 +73,7 @@ struct IntegerVec {
 template <int kBits>
 struct Integers : IntegerVec {
   using Sum = W;
-  static void step(Sum& sum, W w, int32_t x) { sum = add_pairs(sum, pairs(w, broadcast(x))); }
+  static Sum step(Sum sum, W w, int32_t x) { return add_pairs(sum, pairs(w, broadcast(x))); }
   static Vec<float> value(Sum sum, int32_t x) { return to_float(add(quads(sum), broadcast(-8 * x))); }
 };
 // Two products of at most 128 * 127 fit in a pair where both factors are signed, and the sign of one goes to the other.
@@ -81,7 +81,7 @@ template <>
 struct Integers<8> : IntegerVec {
   using Sum = W;
   static W load(const uint8_t* p) { return less_128(IntegerVec::load(p)); }
-  static void step(Sum& sum, W w, int32_t x) { sum = add(sum, quads(pairs(magnitude(w), with_sign(broadcast(x), w)))); }
+  static Sum step(Sum sum, W w, int32_t x) { return add(sum, quads(pairs(magnitude(w), with_sign(broadcast(x), w)))); }
   static Vec<float> value(Sum sum, int32_t) { return to_float(sum); }
 };
 #else
@@ -97,8 +97,9 @@ struct Integers {
   static W low(W w) { return w & 0x0f0f0f0f; }
   static W high(W w) { return (w >> 4) & 0x0f0f0f0f; }
   static Sum zero() { return Sum{}; }
-  static void step(Sum& sum, W w, int32_t x) {
+  static Sum step(Sum sum, W w, int32_t x) {
     for (int i = 0; i < 32; i += 8) sum += ((w >> i) & 255) * int32_t(int8_t(x >> i));
+    return sum;
   }
   static Vec<float> value(Sum sum, int32_t x) {
     float lanes[4];
@@ -149,11 +150,8 @@ inline int32_t sum_of_levels(const int8_t* levels, int64_t n) {
 #endif
 }
 
-#if LMK_LANES == 16
-constexpr int kTileOfRows = 4, kTilePanels = 2;
-#else
-constexpr int kTileOfRows = 2, kTilePanels = 1;
-#endif
+// What tiles of sums are wide, in panels.
+constexpr int kTilePanels = LMK_LANES == 16 ? 2 : 1;
 constexpr int kPanelVecs = kPanelCols / LMK_LANES;
 
 inline int64_t quantized_pack_scratch(const QuantizedArgs& a) { return a.padded * int64_t(sizeof(float)); }
@@ -197,8 +195,8 @@ void pack_quantized_x(const QuantizedArgs& a, int64_t row, void* scratch) {
   round_to_levels(x, factor, a.padded, levels);
   for (int64_t k = a.padded; k < a.levels_row; ++k) levels[k] = 0;
   const int64_t group = a.bits == 4 ? kWeightGroup : kByteGroup;
-  for (int64_t i = 0, k = 0; k < a.padded; ++i, k += group)
-    a.sums[row * a.groups + i] = sum_of_levels(levels + k, a.padded - k < group ? a.padded - k : group);
+  for (int64_t i = 0, left = a.padded; i < a.groups; ++i, left -= group)
+    a.sums[row * a.groups + i] = sum_of_levels(levels + i * group, left < group ? left : group);
 }
 
 inline int32_t four_levels(const int8_t* levels) {
@@ -215,113 +213,167 @@ inline Vec<float> load_scales(const uint16_t* p) {
   return Vec<float>::load(lanes);
 }
 
-// product[row][:] = x[row] * weights of kPanels panels, of which the last may be missing. fetch: what is read later.
-template <int kBits, int kRows, int kPanels>
-[[gnu::noinline]] void quantized_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
-                                      float* product, int64_t product_row) {
-  using V = Vec<float>;
-  using I = Integers<kBits>;
-  constexpr int kVecs = kPanels * kPanelVecs;
-  constexpr int64_t kStepBytes = kPanelCols * 4, kGroupSteps = kWeightGroup / 4;
-  const int64_t panels = (a.cols + kPanelCols - 1) / kPanelCols;
-  const int64_t panel_bytes = a.padded * kPanelCols * kBits / 8;
+// Panels that a tile reads: the first of them in place of one that is missing.
+template <int kBits, int kPanels>
+struct PanelsOfTile {
+  int64_t first, have;
   const uint8_t* data[kPanels];
-  for (int p = 0; p < kPanels; ++p) data[p] = a.data + (panel + p < panels ? panel + p : panel) * panel_bytes;
-  const auto scales_of = [&](int p, int64_t group) {
-    const int64_t at = panel + p < panels ? panel + p : panel;
-    if constexpr (kBits == 4)
-      return static_cast<const uint16_t*>(a.scales) + (at * a.groups + group) * kPanelCols;
-    else
-      return static_cast<const float*>(a.scales) + at * kPanelCols;
-  };
-  // what the next tile reads, at most 32 kB per panel on
-  constexpr int64_t kFarthest = 32 * 1024;
-  int64_t ahead = panel_bytes * kPanels < kFarthest ? panel_bytes * kPanels : kFarthest;
-  if (last && a.next.data) ahead = a.next.data - reinterpret_cast<const char*>(data[0]);
-  const int8_t* levels = a.levels + row * a.levels_row;
-  const int32_t* sums = a.sums + row * a.groups;
-  V total[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) total[r][v] = V::zero();
-  int64_t left = a.padded / 4;  // steps
-  for (int64_t group = 0; group < a.groups; ++group) {
+  int64_t ahead;  // from there to what the next tile reads, at most 32 kB per panel on
+
+  PanelsOfTile(const QuantizedArgs& a, int64_t panel, bool last) : first(panel) {
+    const int64_t panels = (a.cols + kPanelCols - 1) / kPanelCols, bytes = a.padded * kPanelCols * kBits / 8;
+    have = panels - panel < kPanels ? panels - panel : kPanels;
+    for (int p = 0; p < kPanels; ++p) data[p] = a.data + number(p) * bytes;
+    constexpr int64_t kFarthest = 32 * 1024;
+    ahead = bytes * kPanels < kFarthest ? bytes * kPanels : kFarthest;
+    if (last && a.next.data) ahead = a.next.data - reinterpret_cast<const char*>(data[0]);
+  }
+  int64_t number(int p) const { return first + (p < have ? p : 0); }
+};
+
+// product[row][:] = x[row] * bytes of kPanels panels, of which the last may be missing. fetch: what is read later.
+template <int kRows, int kPanels>
+[[gnu::noinline]] void byte_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
+                                 float* product, int64_t product_row) {
+  using V = Vec<float>;
+  using I = Integers<8>;
+  constexpr int kVecs = kPanels * kPanelVecs;
+  constexpr int64_t kStepBytes = kPanelCols * 4, kSteps = kByteGroup / 4;
+  PanelsOfTile<8, kPanels> w(a, panel, last);
+  const int64_t ld = a.levels_row;
+  const int8_t* levels = a.levels + row * ld;
+  for (int64_t group = 0, left = a.padded / 4; group < a.groups; ++group, left -= kSteps) {
     typename I::Sum sum[kRows][kVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) sum[r][v] = I::zero();
-    if constexpr (kBits == 4) {
-      for (int i = 0; i < kGroupSteps / 2; ++i) {
+    for (int64_t i = left < kSteps ? left : kSteps; i > 0; --i) {
+      typename I::W weights[kVecs];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) {
-          const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
-          if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          const typename I::W w = I::load(p), low = I::low(w), high = I::high(w);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            I::step(sum[r][v], low, four_levels(levels + r * a.levels_row));
-            I::step(sum[r][v], high, four_levels(levels + r * a.levels_row + kWeightGroup / 2));
-          }
-        }
-        levels += 4;
-        for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* p = w.data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
+        if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + w.ahead);
+        weights[v] = I::load(p);
       }
-      levels += kWeightGroup / 2;
-    } else {
-      constexpr int64_t kSteps = kByteGroup / 4;
-      const int64_t steps = left < kSteps ? left : kSteps;
-      left -= steps;
-      for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t x = four_levels(levels + r * ld);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) {
-          const uint8_t* p = data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
-          if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + ahead);
-          const typename I::W w = I::load(p);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) I::step(sum[r][v], w, four_levels(levels + r * a.levels_row));
-        }
-        levels += 4;
-        for (int p = 0; p < kPanels; ++p) data[p] += kStepBytes;
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = I::step(sum[r][v], weights[v], x);
       }
+      levels += 4;
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p) w.data[p] += kStepBytes;
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
-      V scale = V::set1(1.f);
-      if constexpr (kBits == 4) scale = load_scales(scales_of(v / kPanelVecs, group) + v % kPanelVecs * LMK_LANES);
-#pragma GCC unroll 8
+      const V scale = V::load(static_cast<const float*>(a.scales) + w.number(v / kPanelVecs) * kPanelCols +
+                              v % kPanelVecs * LMK_LANES);
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const V value = I::value(sum[r][v], sums[r * a.groups + group]);
-        total[r][v] = kBits == 4 ? fma(value, scale, total[r][v]) : total[r][v] + value;
+        float* dst = product + r * product_row + v * LMK_LANES;
+        V y = I::value(sum[r][v], a.sums[(row + r) * a.groups + group]);
+        if (group > 0) y = V::load(dst) + y;
+        if (group + 1 == a.groups) y = y * V::set1(a.x_scales[row + r]) * scale;
+        y.store(dst);
       }
+    }
+  }
+}
+
+// The same with 4 bits.
+template <int kRows, int kPanels>
+[[gnu::noinline]] void nibble_tile(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
+                                   float* product, int64_t product_row) {
+  using V = Vec<float>;
+  using I = Integers<4>;
+  constexpr int kVecs = kPanels * kPanelVecs;
+  constexpr int64_t kStepBytes = kPanelCols * 4, kGroupSteps = kWeightGroup / 4;
+  PanelsOfTile<4, kPanels> w(a, panel, last);
+  const int64_t ld = a.levels_row;
+  const int8_t* levels = a.levels + row * ld;
+  const int32_t* sums = a.sums + row * a.groups;
+  V total[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) total[r][v] = V::zero();
+  for (int64_t group = 0; group < a.groups; ++group) {
+    typename I::Sum sum[kRows][kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = I::zero();
+    for (int i = 0; i < kGroupSteps / 2; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const uint8_t* p = w.data[v / kPanelVecs] + v % kPanelVecs * LMK_LANES * 4;
+        if (fetch && v % kPanelVecs == 0) fetch_to_l2(p + w.ahead);
+        const typename I::W weights = I::load(p), low = I::low(weights), high = I::high(weights);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          sum[r][v] = I::step(sum[r][v], low, four_levels(levels + r * ld));
+          sum[r][v] = I::step(sum[r][v], high, four_levels(levels + r * ld + kWeightGroup / 2));
+        }
+      }
+      levels += 4;
+      for (int p = 0; p < kPanels; ++p) w.data[p] += kStepBytes;
+    }
+    levels += kWeightGroup / 2;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = w.number(v / kPanelVecs) * a.groups + group;
+      const V scale =
+          load_scales(static_cast<const uint16_t*>(a.scales) + at * kPanelCols + v % kPanelVecs * LMK_LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+        total[r][v] = fma(I::value(sum[r][v], sums[r * a.groups + group]), scale, total[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int v = 0; v < kVecs; ++v)
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      V y = total[r][v] * V::set1(a.x_scales[row + r]);
-      if constexpr (kBits == 8) y = y * load_scales(scales_of(v / kPanelVecs, 0) + v % kPanelVecs * LMK_LANES);
-      y.store(product + r * product_row + v * LMK_LANES);
-    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+      (total[r][v] * V::set1(a.x_scales[row + r])).store(product + r * product_row + v * LMK_LANES);
 }
 
-template <int kBits>
-void quantized_rows(const QuantizedArgs& a, int64_t rows, int64_t row, int64_t panel, bool fetch, bool last,
-                    float* product, int64_t product_row) {
-  switch (rows) {
-    case 1:
-      return quantized_tile<kBits, 1, kTilePanels>(a, row, panel, fetch, last, product, product_row);
-    case 2:
-      return quantized_tile<kBits, 2, kTilePanels>(a, row, panel, fetch, last, product, product_row);
+using QuantizedTile = void (*)(const QuantizedArgs& a, int64_t row, int64_t panel, bool fetch, bool last,
+                               float* product, int64_t product_row);
+
+// Tiles by their rows: of bytes as many as there are registers for, of 4 bits as many whose sums of a group have
+// registers too.
+constexpr QuantizedTile kByteTiles[] = {
+    byte_tile<1, kTilePanels>, byte_tile<2, kTilePanels>,
 #if LMK_LANES == 16
-    case 3:
-      return quantized_tile<kBits, 3, kTilePanels>(a, row, panel, fetch, last, product, product_row);
-    case 4:
-      return quantized_tile<kBits, 4, kTilePanels>(a, row, panel, fetch, last, product, product_row);
+    byte_tile<3, kTilePanels>, byte_tile<4, kTilePanels>,
 #endif
-  }
+#if LMK_BF16_DOT
+    byte_tile<5, kTilePanels>, byte_tile<6, kTilePanels>,  byte_tile<7, kTilePanels>,  byte_tile<8, kTilePanels>,
+    byte_tile<9, kTilePanels>, byte_tile<10, kTilePanels>, byte_tile<11, kTilePanels>, byte_tile<12, kTilePanels>,
+#endif
+};
+constexpr QuantizedTile kNibbleTiles[] = {
+    nibble_tile<1, kTilePanels>,
+    nibble_tile<2, kTilePanels>,
+#if LMK_LANES == 16
+    nibble_tile<3, kTilePanels>,
+    nibble_tile<4, kTilePanels>,
+#endif
+};
+
+// product (rows, cols) = x times the panels of a task, in as few tiles as can be, of rows as even.
+template <int64_t kMost>
+void quantized_rows(const QuantizedTile (&tile_of)[kMost], const QuantizedArgs& a, int64_t row, int64_t rows,
+                    int64_t panel, int64_t cols, float* product, int64_t product_row) {
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  for (int64_t p = 0; p * kPanelCols < cols; p += kTilePanels)
+    for (int64_t i = 0, r = 0; i < tiles; ++i) {
+      const int64_t have = (rows - r + tiles - i - 1) / (tiles - i);
+      const bool last = (p + kTilePanels) * kPanelCols >= cols;
+      tile_of[have - 1](a, row + r, panel + p, i == 0, last, product + r * product_row + p * kPanelCols, product_row);
+      r += have;
+    }
 }
 
 inline int64_t product_cols(const QuantizedArgs& a) { return round_up(a.panels_per_task, kTilePanels) * kPanelCols; }
@@ -340,7 +392,8 @@ struct TileBlock {
 };
 
 inline Vec<float> value_in_block(const QuantizedArgs& a, const TileBlock& b, int64_t r, int half, Vec<float> scale) {
-  const Vec<float> value = Integers<8>::value(_mm512_load_si512(b.sums[r] + half * kTileSide), a.sums[b.row + r]);
+  const Vec<float> value =
+      Integers<8>::value(Integers<8>::Sum(_mm512_load_si512(b.sums[r] + half * kTileSide)), a.sums[b.row + r]);
   return value * Vec<float>::set1(a.x_scales[b.row + r]) * scale;
 }
 
@@ -590,30 +643,23 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   if (goes_by_tiles(a) && a.bits == 8) return run_byte_tiles(a, row, rows, col, cols);
   if (goes_by_tiles(a)) return run_group_tiles(a, row, rows, col, cols, scratch);
 #endif
-  const int64_t tiles = (rows + kTileOfRows - 1) / kTileOfRows;
   float* product = static_cast<float*>(scratch);
   int64_t p = 0;
   if (rows == 1 && a.streams && a.bits == 8)  // with 4 bits it gains nothing: panels are short, and have scales
     for (; (p + kStreams) * kPanelCols <= cols; p += kStreams)
-      quantized_tile<8, 1, kStreams>(a, row, panel + p, false, false, product + p * kPanelCols, ld);
-  for (; p * kPanelCols < cols; p += kTilePanels)
-    for (int64_t i = 0, r = 0; i < tiles; ++i) {
-      const int64_t have = (rows - r + tiles - i - 1) / (tiles - i);
-      float* dst = product + r * ld + p * kPanelCols;
-      const bool last = (p + kTilePanels) * kPanelCols >= cols;
-      if (a.bits == 4)
-        quantized_rows<4>(a, have, row + r, panel + p, i == 0, last, dst, ld);
-      else
-        quantized_rows<8>(a, have, row + r, panel + p, i == 0, last, dst, ld);
-      r += have;
-    }
+      byte_tile<1, kStreams>(a, row, panel + p, false, false, product + p * kPanelCols, ld);
+  const int64_t left = cols - p * kPanelCols;
+  if (a.bits == 4)
+    quantized_rows(kNibbleTiles, a, row, rows, panel + p, left, product + p * kPanelCols, ld);
+  else
+    quantized_rows(kByteTiles, a, row, rows, panel + p, left, product + p * kPanelCols, ld);
   for (int64_t r = 0; r < rows; ++r) finish_row(a.epilogue, row + r, col, cols, product + r * ld);
 }
 
 #if LMK_TILES
 constexpr int64_t kMostRows = 512, kWidePanels = 24;
 #else
-constexpr int64_t kMostRows = 64, kWidePanels = 8;
+constexpr int64_t kMostRows = 96, kWidePanels = 8;
 #endif
 
 constexpr QuantizedKernels kQuantized[] = {

@@ -164,7 +164,7 @@ struct Products {
   static constexpr MicroProducts table = {M::V::kLanes, multiply, rows, depth, columns};
 };
 
-// As quantized_tile goes through one group of weights.
+// As byte_tile and nibble_tile go through one group of weights.
 template <int kBits>
 void integer_dot(const float* x, float factor, const uint8_t* weights, float* y) {
   using I = Integers<kBits>;
@@ -175,11 +175,11 @@ void integer_dot(const float* x, float factor, const uint8_t* weights, float* y)
   if constexpr (kBits == 4)
     for (int i = 0; i < kSteps / 2; ++i) {
       const typename I::W w = I::load(weights + i * kBytes);
-      I::step(sum, I::low(w), four_levels(levels + 4 * i));
-      I::step(sum, I::high(w), four_levels(levels + 4 * i + kWeightGroup / 2));
+      sum = I::step(sum, I::low(w), four_levels(levels + 4 * i));
+      sum = I::step(sum, I::high(w), four_levels(levels + 4 * i + kWeightGroup / 2));
     }
   else
-    for (int i = 0; i < kSteps; ++i) I::step(sum, I::load(weights + i * kBytes), four_levels(levels + 4 * i));
+    for (int i = 0; i < kSteps; ++i) sum = I::step(sum, I::load(weights + i * kBytes), four_levels(levels + 4 * i));
   I::value(sum, sum_of_levels(levels, kWeightGroup)).store(y);
 }
 
