@@ -41,7 +41,7 @@ struct DotTile {
   typename M::Acc* product;
   int64_t product_row;
   bool first, last;               // block of the depth
-  const typename M::Elem* fetch;  // weights to fetch meanwhile
+  const typename M::Elem* fetch;  // weights to fetch meanwhile, in the order of memory where rows are contiguous
 };
 
 // product[row][col] = x[row] * w[col]
@@ -59,7 +59,7 @@ template <class M, int kRows, int kCols, int kFetch>
   const int64_t x_row = t.x_row, w_row = t.w_row;
   for (int64_t s = t.steps; s > 0; --s) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kFetch; ++c) fetch_to_l2(fetch + c * w_row);
+    for (int c = 0; c < kFetch; ++c) fetch_to_l2(fetch + c * M::kDepth);
     typename M::W wv[kCols];
 #pragma GCC unroll 8
     for (int c = 0; c < kCols; ++c) wv[c] = M::load(w + c * w_row);
@@ -69,7 +69,7 @@ template <class M, int kRows, int kCols, int kFetch>
 #pragma GCC unroll 8
       for (int c = 0; c < kCols; ++c) acc[r][c] = M::dot(acc[r][c], wv[c], xv);
     }
-    x += M::kDepth, w += M::kDepth, fetch += M::kDepth;
+    x += M::kDepth, w += M::kDepth, fetch += kFetch * M::kDepth;
   }
   if (!t.first) {
 #pragma GCC unroll 8
@@ -133,7 +133,7 @@ void dot_block(const SkinnyArgs& a, DotTile<M> t) {
     t.x += rows * t.x_row;
     t.sums += rows * kDotCols * M::V::kLanes;
     t.product += rows * t.product_row;
-    t.fetch += share * t.w_row;
+    t.fetch += share * t.steps * M::kDepth;
   }
 }
 
@@ -156,60 +156,96 @@ void dot_columns(const SkinnyArgs& a, const typename M::Elem* w, const typename 
   }
   for (int64_t k = 0; k < whole; k += kBlock) {
     const int64_t depth = whole - k < kBlock ? whole - k : kBlock;
-    t.x = x + k, t.w = w + k, t.fetch = fetch + k, t.steps = depth / M::kDepth, t.last = k + depth == whole;
+    t.x = x + k, t.w = w + k, t.fetch = fetch + kCols * k, t.steps = depth / M::kDepth, t.last = k + depth == whole;
     dot_block<M, kCols>(a, t);
     t.first = false;
   }
 }
 
-// A row of the weight times a single row of x, with the bits of a tile, in the order of memory: from there a core takes
-// one stream half as fast again as four. fetch: a row that is read some kilobytes later
-template <class M>
-typename M::V dot_row(const SkinnyArgs& a, const typename M::Elem* w, const typename M::Elem* fetch) {
+// sum (kRows,) = a row of the weight times kRows rows of x, with the bits of a tile, in the order of memory: from there
+// a core takes one stream half as fast again as four. fetch: a row that is read some kilobytes later
+template <class M, int kRows>
+inline void dot_row(const SkinnyArgs& a, const typename M::Elem* w, const typename M::Elem* fetch,
+                    typename M::V (&sum)[kRows]) {
   using V = typename M::V;
   constexpr int64_t kBlock = 2048 / sizeof(typename M::Elem);
   const typename M::X* x = static_cast<const typename M::X*>(a.packed);
-  const int64_t whole = a.depth / M::kDepth * M::kDepth;
-  V sum = V::zero();
+  const int64_t whole = a.depth / M::kDepth * M::kDepth, x_row = a.packed_row;
   bool first = true;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sum[r] = V::zero();
   if (whole < a.depth) {
     typename M::Elem padded[M::kDepth] = {};
     for (int64_t k = whole; k < a.depth; ++k) padded[k - whole] = w[k];
-    sum = M::dot(sum, M::load(padded), M::load_x(x + whole));
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = M::dot(sum[r], M::load(padded), M::load_x(x + r * x_row + whole));
     first = false;
   }
   for (int64_t k = 0; k < whole; k += kBlock) {
     const int64_t end = whole - k < kBlock ? whole : k + kBlock;
-    V acc = V::zero();
+    V acc[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) acc[r] = V::zero();
 #pragma GCC unroll 4
     for (int64_t i = k; i < end; i += M::kDepth) {
       fetch_to_l2(fetch + i);
-      acc = M::dot(acc, M::load(w + i), M::load_x(x + i));
+      const typename M::W wv = M::load(w + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r] = M::dot(acc[r], wv, M::load_x(x + r * x_row + i));
     }
-    sum = first ? acc : sum + acc;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = first ? acc[r] : sum[r] + acc[r];
     first = false;
   }
-  return sum;
 }
 
-// product (cols,) = x times rows of the weight
-template <class M>
-void dot_one(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols, typename M::Acc* product) {
+// product (kRows, cols) = x times rows of the weight
+template <class M, int kRows>
+void dot_in_order(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols, typename M::Acc* product,
+                  int64_t product_row) {
   using Elem = typename M::Elem;
   const int64_t bytes = a.weight_row * int64_t(sizeof(Elem)), apart = (kDistance + bytes - 1) / bytes;
   const Elem* next = reinterpret_cast<const Elem*>(a.next.data);
   for (int64_t c = 0; c < cols; c += 4) {
-    typename M::V sums[4];
+    typename M::V sums[4][kRows];
     for (int64_t i = 0; i < 4; ++i) {
       const int64_t row = c + i, later = row + apart;
       const Elem* fetch = later < cols || !next ? w + later * a.weight_row : next + (later - cols) * a.weight_row;
-      sums[i] = row < cols ? dot_row<M>(a, w + row * a.weight_row, fetch) : M::V::zero();
+      if (row < cols)
+        dot_row<M, kRows>(a, w + row * a.weight_row, fetch, sums[i]);
+      else
+        for (int r = 0; r < kRows; ++r) sums[i][r] = M::V::zero();
     }
-    reduce_four(sums, product + c);
+    for (int r = 0; r < kRows; ++r) {
+      const typename M::V four[4] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};
+      reduce_four(four, product + r * product_row + c);
+    }
   }
 }
 
-// The same with the same bits, from kStreams places of memory in turn, each of which gives `cols` rows.
+template <class M>
+void dot_few(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols, typename M::Acc* product,
+             int64_t product_row) {
+  switch (a.rows) {
+    case 1:
+      return dot_in_order<M, 1>(a, w, cols, product, product_row);
+    case 2:
+      return dot_in_order<M, 2>(a, w, cols, product, product_row);
+    case 3:
+      return dot_in_order<M, 3>(a, w, cols, product, product_row);
+#if LMK_LANES == 16
+    case 4:
+      return dot_in_order<M, 4>(a, w, cols, product, product_row);
+    case 5:
+      return dot_in_order<M, 5>(a, w, cols, product, product_row);
+    case 6:
+      return dot_in_order<M, 6>(a, w, cols, product, product_row);
+#endif
+  }
+}
+
+// For a single row of x, the same with the same bits, from kStreams places of memory in turn, each of which gives
+// `cols` rows.
 template <class M>
 [[gnu::noinline]] void dot_streams(const SkinnyArgs& a, const typename M::Elem* w, int64_t cols,
                                    typename M::Acc* product) {
@@ -251,6 +287,8 @@ template <class M>
   }
 }
 
+constexpr int64_t kFewBytes = 24 * 1024;
+
 // A tile writes kDotCols columns, one that has a single column too; finish_row wants whole vectors.
 inline int64_t product_row(int64_t cols) { return round_up(cols + kDotCols - 1, 16); }
 
@@ -265,14 +303,17 @@ void run_rows(const SkinnyArgs& a, int64_t first, int64_t cols, void* scratch) {
   T *sums = static_cast<T*>(scratch), *product = sums + a.rows * kDotCols * M::V::kLanes;
   const int64_t ld = product_row(cols);
   const typename M::Elem* w = static_cast<const typename M::Elem*>(a.weight) + first * a.weight_row;
-  if (a.rows == 1) {
-    const int64_t streams = a.streams ? cols / kStreams : 0, done = streams * kStreams;
-    if (streams > 0) dot_streams<M>(a, w, streams, product);
-    dot_one<M>(a, w + done * a.weight_row, cols - done, product + done);
-    finish_row(a.epilogue, 0, first, cols, product);
-    return;
-  }
   int64_t c = 0;
+  if (a.rows == 1 && a.streams && cols >= kStreams) {
+    c = cols / kStreams * kStreams;
+    dot_streams<M>(a, w, cols / kStreams, product);
+  }
+  // several pass a row of the weight together as long as all of x stays in the L1 cache
+  const bool few = a.rows <= kDotRows && a.rows * a.packed_row * int64_t(sizeof(typename M::X)) <= kFewBytes;
+  if (a.rows == 1 || (few && !a.streams)) {
+    dot_few<M>(a, w + c * a.weight_row, cols - c, product + c, ld);
+    c = cols;
+  }
   for (; c + kDotCols <= cols; c += kDotCols) {
     const typename M::Elem *tile = w + c * a.weight_row, *fetch = tile + kDotCols * a.weight_row;
     if (c + 2 * kDotCols > cols && a.next.data) fetch = reinterpret_cast<const typename M::Elem*>(a.next.data);
