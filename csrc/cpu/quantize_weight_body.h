@@ -206,12 +206,7 @@ inline int32_t four_levels(const int8_t* levels) {
 }
 
 // The scales of a vector of columns.
-inline Vec<float> load_scales(const float* p) { return Vec<float>::load(p); }
-inline Vec<float> load_scales(const uint16_t* p) {
-  float lanes[LMK_LANES];
-  load_row(DType::bf16, p, LMK_LANES, lanes);
-  return Vec<float>::load(lanes);
-}
+inline Vec<float> load_scales(const uint16_t* p) { return load_vec(reinterpret_cast<const Bf16*>(p)); }
 
 // Panels that a tile reads: the first of them in place of one that is missing.
 template <int kBits, int kPanels>
@@ -361,16 +356,27 @@ constexpr QuantizedTile kNibbleTiles[] = {
     nibble_tile<4, kTilePanels>,
 #endif
 };
+// Few rows take a panel at a time, in the order of memory.
+constexpr int64_t kRowsInOrder = 4;
+constexpr QuantizedTile kByteTilesInOrder[] = {byte_tile<1, 1>, byte_tile<2, 1>, byte_tile<3, 1>, byte_tile<4, 1>};
+constexpr QuantizedTile kNibbleTilesInOrder[] = {
+    nibble_tile<1, 1>,
+    nibble_tile<2, 1>,
+#if LMK_LANES == 16
+    nibble_tile<3, 1>,
+    nibble_tile<4, 1>,
+#endif
+};
 
-// product (rows, cols) = x times the panels of a task, in as few tiles as can be, of rows as even.
-template <int64_t kMost>
+// product (rows, cols) = x times the panels of a task, in as few tiles of kPanels as can be, of rows as even.
+template <int kPanels, int64_t kMost>
 void quantized_rows(const QuantizedTile (&tile_of)[kMost], const QuantizedArgs& a, int64_t row, int64_t rows,
                     int64_t panel, int64_t cols, float* product, int64_t product_row) {
   const int64_t tiles = (rows + kMost - 1) / kMost;
-  for (int64_t p = 0; p * kPanelCols < cols; p += kTilePanels)
+  for (int64_t p = 0; p * kPanelCols < cols; p += kPanels)
     for (int64_t i = 0, r = 0; i < tiles; ++i) {
       const int64_t have = (rows - r + tiles - i - 1) / (tiles - i);
-      const bool last = (p + kTilePanels) * kPanelCols >= cols;
+      const bool last = (p + kPanels) * kPanelCols >= cols;
       tile_of[have - 1](a, row + r, panel + p, i == 0, last, product + r * product_row + p * kPanelCols, product_row);
       r += have;
     }
@@ -648,11 +654,15 @@ void run_quantized(const QuantizedArgs& a, int64_t task, void* scratch) {
   if (rows == 1 && a.streams && a.bits == 8)  // with 4 bits it gains nothing: panels are short, and have scales
     for (; (p + kStreams) * kPanelCols <= cols; p += kStreams)
       byte_tile<1, kStreams>(a, row, panel + p, false, false, product + p * kPanelCols, ld);
-  const int64_t left = cols - p * kPanelCols;
-  if (a.bits == 4)
-    quantized_rows(kNibbleTiles, a, row, rows, panel + p, left, product + p * kPanelCols, ld);
+  const auto rows_by = [&](auto panels, const auto& tile_of) {
+    quantized_rows<panels>(tile_of, a, row, rows, panel + p, cols - p * kPanelCols, product + p * kPanelCols, ld);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Several = std::integral_constant<int, kTilePanels>;
+  if (rows <= kRowsInOrder && !a.streams)
+    a.bits == 4 ? rows_by(One(), kNibbleTilesInOrder) : rows_by(One(), kByteTilesInOrder);
   else
-    quantized_rows(kByteTiles, a, row, rows, panel + p, left, product + p * kPanelCols, ld);
+    a.bits == 4 ? rows_by(Several(), kNibbleTiles) : rows_by(Several(), kByteTiles);
   for (int64_t r = 0; r < rows; ++r) finish_row(a.epilogue, row + r, col, cols, product + r * ld);
 }
 
