@@ -59,14 +59,15 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
     for (int64_t r = 0; r < a.rows; ++r) kernels.pack_x(a, packed->mutable_data_ptr(), r);
   }
 
-  // from the shape alone, although results depend on neither
+  // no result depends on it; where columns are neighbours, few tasks read long runs of memory
   constexpr int64_t kTasks = 16, kLeastBytes = 64 * 1024;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = a.transposed ? std::clamp<int64_t>(2 * threads, 4, kTasks) : kTasks;
   const int64_t column_bytes = std::max<int64_t>(1, a.depth * lmk::element_size(a.dtype));
   const int64_t granule = a.transposed ? kernels.column_unit : lmk::kStreams;
-  int64_t cols = std::max((a.cols + kTasks - 1) / kTasks * (a.transposed ? 2 : 1), kLeastBytes / column_bytes);
+  int64_t cols = std::max((a.cols + wanted - 1) / wanted, kLeastBytes / column_bytes);
   cols = (cols + granule - 1) / granule * granule;
   const int64_t tasks = (a.cols + cols - 1) / cols, size = lmk::element_size(a.dtype);
-  const int64_t threads = torch::stable::get_num_threads();
   const double work = std::max(2.0 * a.rows * a.cols * a.depth, kFlopsPerByte * a.cols * column_bytes);
   run_tasks(tasks, kernels.scratch(a, cols), work, [&](int64_t task, void* scratch) {
     lmk::SkinnyArgs own = a;
