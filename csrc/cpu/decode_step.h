@@ -79,6 +79,7 @@ struct DecodeStepArgs {
   const float *norm_weight, *norm_bias;
   StepWeight head;
   const int64_t* logits_of;  // (head.rows,) the rows whose logits are wanted, or null: all
+  int64_t column_tasks;      // that share a weight whose columns are neighbours, where it meets several rows
 
   // what the tasks of a step hand on
   float* x[2];       // (rows, d_model): the residual stream, before the norms of even and of odd number

@@ -176,6 +176,7 @@ Tensor decode_step(const Tensor& token_ids, const Tensor& position_ids, const Te
   if (logits_of) checked_indices(*logits_of, 1, logits_of->size(0), "logits_of", a.rows);
   STD_TORCH_CHECK(!logits_of || logits_of->size(0) > 0 || a.rows == 0, "logits_of must name a row or more");
   a.appends = sequences.has_value();
+  a.column_tasks = column_tasks();
 
   const int64_t wanted = logits_of ? logits_of->size(0) : a.rows;
   Tensor logits = new_tensor(vectors, {wanted, a.vocab}, ScalarType::Float);

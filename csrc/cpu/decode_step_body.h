@@ -52,7 +52,7 @@ inline SkinnyArgs skinny_args(const DecodeStepArgs& a, const StepWeight& w) {
 // sum_depth comes from the weight's shape alone, as it decides the order of the sums. For one row a task then takes one
 // sum, as memory is read best in order; more rows would leave too much to be added up.
 void share_out(const DecodeStepArgs& a, StepWeight& w) {
-  constexpr int64_t kBytes = 128 * 1024, kRowsBytes = 512 * 1024, kRun = 4096, kDepth = 32, kTasks = 8;
+  constexpr int64_t kBytes = 128 * 1024, kRowsBytes = 512 * 1024, kRun = 4096, kDepth = 32;
   const int64_t element = element_size(a.dtype);
   w.sum_depth = w.depth, w.task_cols = w.cols;
   if (w.cols == 0) {
@@ -70,7 +70,7 @@ void share_out(const DecodeStepArgs& a, StepWeight& w) {
     const int64_t runs = most(1, w.cols * element / kRun);
     w.task_cols = least(round_up((w.cols + runs - 1) / runs, 64), w.cols);
     w.sum_depth = least(round_up((kBytes + w.task_cols * element - 1) / (w.task_cols * element), kDepth), w.depth);
-    if (w.rows > 1) w.task_cols = least(round_up((w.cols + kTasks - 1) / kTasks, 64), w.cols);
+    if (w.rows > 1) w.task_cols = least(round_up((w.cols + a.column_tasks - 1) / a.column_tasks, 64), w.cols);
   }
   w.chunks = w.rows > 1 ? 1 : (w.depth + w.sum_depth - 1) / w.sum_depth;
   w.blocks = (w.cols + w.task_cols - 1) / w.task_cols;

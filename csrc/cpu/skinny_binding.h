@@ -31,6 +31,9 @@ lmk::Epilogue epilogue_of(const Tensor& x, int64_t cols, const OptionalTensor& b
 // Reading memory costs a core as much as this many operations per byte, by the measure of run_tasks.
 constexpr double kFlopsPerByte = 2;
 
+// Tasks that share a weight whose columns are neighbours in memory: few read long runs of it. No result depends on it.
+int64_t column_tasks() { return std::clamp<int64_t>(2 * torch::stable::get_num_threads(), 4, 16); }
+
 // The product of x (rows, depth), depth contiguous, with a weight of its dtype that is contiguous along either axis,
 // and what follows it.
 void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epilogue) {
@@ -59,10 +62,9 @@ void run_skinny(const Tensor& x, const Tensor& weight, const lmk::Epilogue& epil
     for (int64_t r = 0; r < a.rows; ++r) kernels.pack_x(a, packed->mutable_data_ptr(), r);
   }
 
-  // no result depends on it; where columns are neighbours, few tasks read long runs of memory
+  // from the shape and the threads, although results depend on neither
   constexpr int64_t kTasks = 16, kLeastBytes = 64 * 1024;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = a.transposed ? std::clamp<int64_t>(2 * threads, 4, kTasks) : kTasks;
+  const int64_t threads = torch::stable::get_num_threads(), wanted = a.transposed ? column_tasks() : kTasks;
   const int64_t column_bytes = std::max<int64_t>(1, a.depth * lmk::element_size(a.dtype));
   const int64_t granule = a.transposed ? kernels.column_unit : lmk::kStreams;
   int64_t cols = std::max((a.cols + wanted - 1) / wanted, kLeastBytes / column_bytes);
