@@ -39,8 +39,9 @@ struct QuantizedArgs {
   int32_t* sums;       // (rows, groups): of the levels
   float* x_scales;     // (rows,)
   int64_t panels_per_task, rows_per_task;
-  Ahead next;    // is fetched at the end of a task
-  bool streams;  // whether one row reads 8 bits from kStreams panels in turn, where a task has so many
+  Ahead next;  // is fetched at the end of a task
+  // whether one row reads 8 bits from kStreams panels in turn, where a task has so many; else few rows read in order
+  bool streams;
 };
 
 // For one instruction set. No function allocates, throws or starts threads. Neither the other rows nor the columns of a
