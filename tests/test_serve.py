@@ -208,7 +208,7 @@ def test_a_stream_is_the_same_text_in_pieces(server):
         assert response.headers["content-type"].startswith("text/event-stream")
         response.read()
     streamed = events(response)
-    assert len(streamed) > 20 and len({e["id"] for e in streamed}) == 1
+    assert len({e["id"] for e in streamed}) == 1
     for choice in whole["choices"]:
         own = [e["choices"][0] for e in streamed if e["choices"][0]["index"] == choice["index"]]
         assert "".join(e["text"] for e in own) == choice["text"]
@@ -216,6 +216,27 @@ def test_a_stream_is_the_same_text_in_pieces(server):
         assert own[-1]["finish_reason"] == choice["finish_reason"]
     *_, last = events(server.post(**wish, stream=True, stream_options={"include_usage": True}))
     assert last["choices"] == [] and last["usage"] == whole["usage"]
+
+
+def test_no_token_of_a_stream_waits_for_the_next(model):
+    engine = Engine(model)
+    step, read = engine.step, threading.Semaphore(1)
+
+    def step_when_read():
+        if engine.busy:
+            read.acquire(timeout=5)  # then it goes on, and pieces come together
+        return step()
+
+    engine.step = step_when_read
+    with Running(engine) as running:
+        wish = {"prompt": "ab", "max_tokens": 6, "temperature": 0, "logit_bias": {"65": 100}, "stream": True}
+        pieces = []
+        with running.client.stream("POST", "/v1/completions", json=wish) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    pieces.append(json.loads(line[6:])["choices"][0]["text"])
+                    read.release()
+    assert pieces == [byte_tokenizer().decode([65])] * 6
 
 
 def test_log_probabilities(server):
@@ -392,7 +413,7 @@ def test_shutdown_ends_what_runs_and_refuses_what_comes(model):
             thread.join()
         assert results[False].status_code == 503 and results[False].json()["error"]["code"] == "shutting_down"
         *pieces, last = events(results[True])
-        assert len(pieces) > 5 and last["error"]["code"] == "shutting_down"
+        assert pieces and last["error"]["code"] == "shutting_down"
 
 
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
